@@ -1,0 +1,177 @@
+"""The artifact: a folder with `model.safetensors`, `config.json` and `tersor.json`, and reading it back.
+
+`config.json` names form and setting of every site, so that transformers can load the folder after `import tersor`;
+`tersor.json` holds the plan, the ledger, versions and hashes. Sizes are known to the byte before anything is fitted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tersor.build.layers import install, layer_for
+from tersor.errors import TersorError
+from tersor.forms import Operator, form_named
+from tersor.models.files import Checkpoint, file_bytes, open_checkpoint, write_safetensors, write_text
+from tersor.models.sites import Site, walk
+from tersor.plan import Choice
+
+VERSION = 1
+WEIGHTS = "model.safetensors"
+
+
+def operator_names(
+    module: nn.Module, site: Site, operators: Sequence[Operator]
+) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of the tensors that `install` will make of these operators."""
+    owner = module.get_submodule(site.places[0][0])
+    replaced = site.stack == 1 and layer_for(owner, operators[0], False, site.dtype) is not None
+    out = []
+    for k, operator in enumerate(operators):
+        prefix = f"{site.places[0][0]}.operator" if replaced else f"{site.parameter_name}.operators.{k}"
+        out += [(f"{prefix}.{n}".removeprefix("."), tuple(b.shape), b.dtype) for n, b in operator.state_dict().items()]
+    return out
+
+
+def planned_bytes(
+    module: nn.Module, sites: Iterable[Site], choices: Iterable[Choice], dtype_of: Mapping[str, torch.dtype]
+) -> int:
+    """The size of `model.safetensors` with these choices built and everything else as it is, to the byte."""
+    chosen = {choice.site: choice for choice in choices}
+    specs, replaced = [], set()
+    for site in sites:
+        choice = chosen.get(site.name)
+        if choice is None:
+            continue
+        replaced |= {f"{m}.{p}".removeprefix(".") for m, p in site.places}
+        form = form_named(choice.form)
+        with torch.device("meta"):
+            operators = [form.empty(site.shape, form.setting(choice.setting)) for _ in range(site.stack)]
+        specs += operator_names(module, site, operators)
+    for name, tensor in distinct_state(module).items():
+        if name not in replaced:
+            specs.append((name, tuple(tensor.shape), dtype_of.get(name, tensor.dtype)))
+    return file_bytes(specs)
+
+
+def stored_dtypes(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor of a module is kept in a file: that of its checkpoint, else its own."""
+    state = distinct_state(module)
+    if checkpoint is None:
+        return {name: tensor.dtype for name, tensor in state.items()}
+    known = [e[2] for e in checkpoint.entries.values() if e[2] is not None and e[2].is_floating_point]
+    usual = max(set(known), key=known.count) if known else torch.float32
+    return {
+        name: checkpoint.dtype_of(name, usual if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in state.items()
+    }
+
+
+def distinct_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module with every tied tensor once, under its first name."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            out[name] = tensor.detach()
+    return out
+
+
+def write_artifact(
+    out: Path,
+    module: nn.Module,
+    sites: Sequence[Site],
+    choices: Sequence[Choice],
+    dtypes: Mapping[str, torch.dtype],
+    config: dict[str, Any] | None,
+    record: dict[str, Any],
+) -> int:
+    """Write a built module with what is needed to load it; returns the bytes of the weights file."""
+    tensors = {k: v.to(dtypes.get(k, v.dtype)) for k, v in distinct_state(module).items()}
+    write_safetensors(out / WEIGHTS, tensors)
+    places = {site.name: [list(place) for place in site.places] for site in sites}
+    layout = {c.site: {"form": c.form, "setting": c.setting, "places": places[c.site]} for c in choices}
+    if config is not None:
+        quantization = {"quant_method": "tersor", "version": VERSION, "sites": layout}
+        write_text(out / "config.json", json.dumps({**config, "quantization_config": quantization}, indent=2))
+    size = (out / WEIGHTS).stat().st_size
+    record = {
+        "version": VERSION,
+        **record,
+        "sites": layout,
+        "weights_bytes": size,
+        "weights_sha256": sha256(out / WEIGHTS),
+    }
+    write_text(out / "tersor.json", json.dumps(record, indent=2))
+    return size
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """`tersor.json` of an artifact; raises TersorError where the folder is none."""
+    path = folder / "tersor.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise TersorError(f"{folder} is no artifact of Tersor: it has no tersor.json.") from error
+    except ValueError as error:
+        raise TersorError(f"{path} is damaged: {error}.") from error
+    if not isinstance(record, dict) or record.get("version") != VERSION or "sites" not in record:
+        raise TersorError(f"{path} is not of version {VERSION} of the format; this Tersor cannot read it.")
+    return record
+
+
+def install_empty(module: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give a module operators without data at the named sites, on the device of its parameters."""
+    found = {site.name: site for site in walk_all(module)}
+    for name, value in sites.items():
+        if name not in found:
+            raise TersorError(f"The artifact has a site {name!r} that the model lacks; it was made from another model.")
+        site, form = found[name], form_named(value["form"])
+        site = replace(site, places=tuple((m, p) for m, p in value["places"]))  # tied weights may be tied only later
+        with site.parameter(module).device:
+            operators = [form.empty(site.shape, form.setting(value["setting"])) for _ in range(site.stack)]
+        install(module, site, operators)
+
+
+def walk_all(module: nn.Module) -> tuple[Site, ...]:
+    """All sites of any size, finite or not: names and shapes only."""
+    return walk(module, minimum=0, check=False).sites
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Fill a module with operators in place from the weights of an artifact."""
+    path = folder / WEIGHTS
+    open_checkpoint(path)
+    tensors = load_file(path)
+    state = module.state_dict(keep_vars=True)
+    first = distinct_state(module)
+    strange, lacking = sorted(set(tensors) - set(state)), sorted(set(first) - set(tensors))
+    if strange or lacking:
+        raise TersorError(f"{path} does not fit the model: {(strange + lacking)[0]} is on one side only.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if state[name].shape != tensor.shape:
+                raise TersorError(f"{path}: {name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
+            state[name].copy_(tensor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def update_record(folder: Path, values: dict[str, Any]) -> None:
+    """Add values to `tersor.json`."""
+    write_text(folder / "tersor.json", json.dumps({**read_record(folder), **values}, indent=2))

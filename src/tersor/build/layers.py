@@ -1,0 +1,218 @@
+"""Putting operators into a model: layers that apply an operator where a weight was.
+
+Plain layers are replaced by a layer of ours; where a module uses its weight in a way of its own (a scaled table, fused
+experts), the module stays and its parameter is replaced by a stand-in that decodes when it is used. Tied weights share
+one operator, which is saved once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.forms import Operator
+from tersor.models.sites import Site
+
+
+class _Borrowed:
+    """Holds an operator without registering it, for the second place of a tied weight."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.operator = operator
+
+
+class ApproximateLayer(nn.Module):
+    """A layer whose weight is an operator; `weight` decodes it for those who ask."""
+
+    def __init__(self, operator: Operator, bias: nn.Parameter | None, borrowed: bool) -> None:
+        super().__init__()
+        if borrowed:
+            self._borrowed = _Borrowed(operator)
+        else:
+            self.operator = operator
+        self.bias = bias
+
+    def weight_operator(self) -> Operator:
+        """The operator, be it this layer's own or that of the layer it is tied to."""
+        borrowed = self.__dict__.get("_borrowed")
+        return borrowed.operator if borrowed is not None else self.operator
+
+    @property
+    def weight(self) -> Tensor:
+        like = self.bias
+        return self.weight_operator().dense(torch.float32 if like is None else like.dtype)
+
+    def extra_repr(self) -> str:
+        operator = self.weight_operator()
+        return f"{operator.shape[1]} -> {operator.shape[0]}, {getattr(operator.setting, 'label', '')}"
+
+
+class ApproximateLinear(ApproximateLayer):
+    """`operator(x) + bias`, for linear layers and GPT-2's turned ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.weight_operator()(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_operator().shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_operator().shape[0]
+
+
+class ApproximateTable(ApproximateLayer):
+    """Rows of the operator, looked up. `dtype` follows the model's casts through an empty buffer."""
+
+    def __init__(self, operator: Operator, padding_idx: int | None, borrowed: bool, dtype: torch.dtype) -> None:
+        super().__init__(operator, None, borrowed)
+        self.padding_idx = padding_idx
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        like = self.get_buffer("_like")
+        return self.weight_operator().take(index, like.dtype)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.weight_operator().shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.weight_operator().shape[1]
+
+
+class ApproximateConvolution(ApproximateLayer):
+    """A convolution whose unfolded kernel (out, in / groups x size) is an operator."""
+
+    def __init__(self, operator: Operator, layer: nn.Conv1d | nn.Conv2d, borrowed: bool) -> None:
+        super().__init__(operator, layer.bias, borrowed)
+        self.kernel = tuple(layer.weight.shape[1:])
+        self.arguments = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
+        self.function = nn.functional.conv2d if isinstance(layer, nn.Conv2d) else nn.functional.conv1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        def convolution(x: Tensor, matrix: Tensor) -> Tensor:
+            return self.function(x, matrix.reshape(-1, *self.kernel), None, **self.arguments)
+
+        operator = self.weight_operator()
+        if self.arguments["groups"] == 1:
+            y = operator.convolve(x, convolution)
+        else:  # factors would mix the inputs of all groups
+            y = convolution(x, operator.dense(x.dtype))
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, *(1,) * (y.dim() - 2))
+
+
+class StandIn(nn.Module):
+    """In the place of a parameter: a stack of operators that decodes where a function takes it as a tensor."""
+
+    def __init__(self, operators: list[Operator], site: Site, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.operators = nn.ModuleList(operators)
+        self.site_shape, self.stack, self.turned = site.parameter_shape, site.stack, site.kind == "transposed"
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def tensor(self) -> Tensor:
+        """The weight in its original shape."""
+        dtype = self.get_buffer("_like").dtype
+        matrices = [op.dense(dtype) for op in self._members()]
+        if self.turned:
+            return matrices[0].T
+        return torch.stack(matrices).reshape(self.site_shape)
+
+    def _members(self) -> list[Operator]:
+        return list(self.operators)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if self.stack > 1 and (isinstance(index, int) or isinstance(index, Tensor) and index.dim() == 0):
+            return self._members()[int(index)].dense(self.get_buffer("_like").dtype)
+        return self.tensor()[index]
+
+    def __len__(self) -> int:
+        return self.site_shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            if name in ("shape", "dtype", "device", "ndim"):
+                like = self.get_buffer("_like")
+                return {"shape": torch.Size(self.site_shape), "ndim": len(self.site_shape)}.get(name) or getattr(
+                    like, name
+                )
+            return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def decoded(value: Any) -> Any:
+            return value.tensor() if isinstance(value, StandIn) else value
+
+        if func is nn.functional.embedding and isinstance(args[1], StandIn) and args[1].stack == 1:
+            return args[1]._members()[0].take(args[0], args[1].get_buffer("_like").dtype)
+        args = tuple(decoded(a) for a in args)
+        return func(*args, **{k: decoded(v) for k, v in (kwargs or {}).items()})
+
+
+def install(module: nn.Module, site: Site, operators: list[Operator]) -> None:
+    """Replace the weight of `site` in `module` by `operators`, one a matrix of its stack, at all of its places."""
+    dtype = site.parameter(module).dtype
+    for number, (name, parameter_name) in enumerate(site.places):
+        owner = module.get_submodule(name)
+        borrowed = number > 0
+        replacement = None if site.stack > 1 else layer_for(owner, operators[0], borrowed, dtype)
+        if replacement is not None:
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, replacement)
+            continue
+        del owner._parameters[parameter_name]
+        stand_in = StandIn(operators, site, dtype)
+        if borrowed:
+            owner.__dict__[parameter_name] = stand_in
+        else:
+            owner._modules[parameter_name] = stand_in
+
+
+def layer_for(owner: nn.Module, operator: Operator, borrowed: bool, dtype: torch.dtype) -> ApproximateLayer | None:
+    """The layer of ours that does what `owner` does, None where it has a forward of its own or hooks."""
+    forward = type(owner).forward
+    if type(owner).__name__ == "Conv1D" or isinstance(owner, nn.Linear) and forward is nn.Linear.forward:
+        return ApproximateLinear(operator, owner.bias, borrowed)  # type: ignore[arg-type]
+    if isinstance(owner, nn.Embedding) and forward is nn.Embedding.forward and owner.max_norm is None:
+        return ApproximateTable(operator, owner.padding_idx, borrowed, dtype)
+    is_convolution = isinstance(owner, nn.Conv1d | nn.Conv2d) and forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+    if is_convolution and owner.padding_mode == "zeros":
+        return ApproximateConvolution(operator, owner, borrowed)  # type: ignore[arg-type]
+    return None
+
+
+def operators_of(module: nn.Module) -> Mapping[str, Operator]:
+    """All operators of a built model that belong to no other operator, by the prefix of their tensors."""
+    found: dict[str, Operator] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, Operator) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = child
+    return found
+
+
+class decoded:
+    """A context in which all operators of a module keep their decoded weights: faster, at the memory of the original."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.operators = list(operators_of(module).values())
+
+    def __enter__(self) -> None:
+        for operator in self.operators:
+            operator._decoded = operator.decode()
+
+    def __exit__(self, *_: object) -> None:
+        for operator in self.operators:
+            operator._decoded = None

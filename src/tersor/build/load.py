@@ -1,0 +1,78 @@
+"""Loading artifacts: `tersor.load(out)`, and the transformers quantiser behind `from_pretrained`.
+
+Operators are laid out empty, then filled from the file; nothing is fitted and no dense weight is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.build.artifact import install_empty, load_weights, read_record
+from tersor.errors import TersorError
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load the built model of an artifact.
+
+    For a Hugging Face artifact nothing else is needed. For a module of your own give the module as it was before, its
+    factory, or `file.py:factory`: an artifact never names code to be run. Raises TersorError for a damaged artifact.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    if record["model"]["kind"] == "huggingface" and model is None:
+        return _load_huggingface(folder, device, dtype)
+    if model is None:
+        raise TersorError(
+            f"{folder} was made from a module of your own; give it as tersor.load(folder, model=...), "
+            f"for instance {record['model']['source']!r}."
+        )
+    if isinstance(model, str):
+        from tersor.models.module import find_factory
+
+        model = find_factory(model)[1]
+    module = model if isinstance(model, nn.Module) else model()
+    install_empty(module, record["sites"])
+    load_weights(module, folder)
+    module.to(device=device, dtype=dtype)
+    return module.eval()
+
+
+def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
+    from tersor.models.huggingface import model_class, quiet_transformers, read_config
+
+    config = read_config(folder)
+    cls, _ = model_class(config)
+    register()
+    with quiet_transformers():
+        try:
+            module = cls.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        except TersorError:
+            raise
+        except Exception as error:
+            raise TersorError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    return module.to(device).eval()
+
+
+def register() -> None:
+    """Teach transformers to load artifacts; does nothing where it is not installed or knows already."""
+    try:
+        from transformers.quantizers import auto
+    except ImportError:
+        return
+    if "tersor" in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    from tersor.build.quantizer import TersorConfig, TersorQuantizer
+
+    auto.register_quantization_config("tersor")(TersorConfig)
+    auto.register_quantizer("tersor")(TersorQuantizer)

@@ -1,0 +1,62 @@
+"""The quantiser that lets `from_pretrained` of transformers read an artifact.
+
+Before weights are loaded it lays empty operators at the sites that the config names; transformers fills their tensors
+like any others. Saving again writes the same tensors and the same config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tersor.build.artifact import install_empty
+from tersor.build.layers import ApproximateLayer, StandIn
+
+
+class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of an artifact: the form and setting of every site."""
+
+    def __init__(self, sites: dict[str, Any] | None = None, version: int = 1, **_: Any) -> None:
+        self.quant_method = "tersor"  # type: ignore[assignment]
+        self.sites, self.version = sites or {}, version
+
+
+class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Lays out operators before the weights are loaded."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        install_empty(model, self.quantization_config.sites)
+        replaced = {name for name, child in model.named_modules() if isinstance(child, ApproximateLayer | StandIn)}
+        tied = getattr(model, "all_tied_weights_keys", None)
+        if tied:
+            model.all_tied_weights_keys = {
+                target: source
+                for target, source in tied.items()
+                if source.rpartition(".")[0] not in replaced and target.rpartition(".")[0] not in replaced
+            }
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if hasattr(model.config, "_experts_implementation"):
+            model.config._experts_implementation = "eager"
+        for child in model.modules():
+            like = child._buffers.get("_like")
+            if isinstance(like, torch.Tensor) and like.is_meta:
+                child._buffers["_like"] = torch.empty(0, dtype=like.dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,146 @@
+"""Drawing curves: for every site and form, the candidates with their exact costs and predicted divergences.
+
+What is drawn is stored in the run at once, form by form, so an interrupted study goes on where it stopped. At the end
+one probe a site is measured, and its ratio to its prediction is the gain of the site.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.curves.damping import Damping, Sample, choose_damping
+from tersor.engine import map_units
+from tersor.forms import FORMS, Candidate, Cost, Form, IntForm, IntSetting, Operator, cost_of, form_named
+from tersor.metrics import Metric, Side
+from tersor.models.compare import Reference, substituted
+from tersor.models.model import Model
+from tersor.models.sites import Site
+from tersor.observe import load_metrics
+from tersor.observe.store import file_of
+from tersor.run import Run
+
+DAMPING_SITES = 6
+PROBE = IntSetting(4, 64)
+UNUSED = IntSetting(4, 64, rounding="nearest")
+Report = Callable[[str], Any]
+
+
+def site_metrics(run: Run, site: Site, kind: str | None = None) -> list[Metric]:
+    """The damped metrics of the matrices of a site, as the study chose them."""
+    kind = kind or run.get("metric")
+    if not run.has_tensors(file_of(site, "fit")):
+        return [identity_metric(site)] * site.stack
+    damping = Damping(**run.get("damping"))
+    return [damping.apply(m, table=site.kind == "table") for m in load_metrics(run, site, kind)]
+
+
+def identity_metric(site: Site) -> Metric:
+    """The metric of a site that the model did not use: no error in it was seen to matter."""
+    rows, columns = site.shape
+    return Metric("identity", Side(torch.ones(rows)), Side(torch.ones(columns)), 0.0)
+
+
+def settle_damping(run: Run, model: Model, sites: Sequence[Site], kind: str) -> Damping:
+    """Choose the damping on a few sites spread over the model and keep it, with its evidence, in the run."""
+    known = run.get("damping")
+    if known is not None:
+        return Damping(**known)
+    usable = [s for s in sites if all(run.has_tensors(file_of(s, part)) for part in ("fit", "check"))]
+    tables = [s for s in usable if s.kind == "table"][:1]
+    others = [s for s in usable if s.kind != "table"]
+    picked = others[:: max(1, -(-len(others) // DAMPING_SITES))] + tables
+    samples = [
+        Sample(
+            site.matrices(model.module)[0].cpu(),
+            load_metrics(run, site, kind)[0],
+            load_metrics(run, site, kind, "check")[0],
+            site.kind == "table",
+        )
+        for site in picked
+    ]
+    damping, evidence = choose_damping(samples)
+    run.put("damping_evidence", evidence)
+    run.put("damping", {"inputs": damping.inputs, "gradients": damping.gradients, "frequencies": damping.frequencies})
+    return damping
+
+
+def draw_all(
+    run: Run, model: Model, sites: Sequence[Site], forms: Sequence[str], workers: int | None = None
+) -> Iterator[str]:
+    """Draw the curves that are not in the run yet, a unit a site; yields the name of every site when it is stored."""
+    by_name = {site.name: site for site in sites}
+
+    def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
+        for site in sorted(sites, key=lambda s: -s.parameters):
+            missing = [name for name in forms if not run.is_drawn(site.name, name)]
+            if missing:
+                yield site.name, partial(_arguments, run, model, site, missing)
+
+    for name, curves in map_units(draw_unit, units(), workers):
+        for form, (curve, seconds) in curves.items():
+            run.add_candidates(by_name[name].name, form, curve, seconds)
+        yield name
+
+
+def _arguments(run: Run, model: Model, site: Site, missing: list[str]) -> tuple[Any, ...]:
+    return site.matrices(model.module).cpu(), site_metrics(run, site), missing
+
+
+def draw_unit(weights: Tensor, metrics: list[Metric], forms: list[str]) -> dict[str, tuple[list[Candidate], float]]:
+    """The curves of one site by form, each with the seconds it took; a site that was not used has one safe candidate."""
+    if metrics[0].scale == 0.0:
+        shape = (weights.shape[1], weights.shape[2])
+        unused = Candidate("int", UNUSED, _times(cost_of(FORMS["int"], shape, UNUSED), len(weights)), 0.0)
+        return {name: ([unused], 0.0) for name in forms}
+    curves = {}
+    for name in forms:
+        start = time.perf_counter()
+        curve = stacked_curve(form_named(name), weights, metrics)
+        curves[name] = curve, time.perf_counter() - start
+    return curves
+
+
+def stacked_curve(
+    form: Form, weights: Tensor, metrics: list[Metric], settings: Sequence[Any] | None = None
+) -> list[Candidate]:
+    """The curve of a stack of matrices that share a setting: costs and divergences add."""
+    curves = [form.curve(w, m, settings) for w, m in zip(weights, metrics, strict=True)]
+    return [
+        Candidate(form.name, same[0].setting, _times(same[0].cost, len(same)), sum(c.divergence for c in same))
+        for same in zip(*curves, strict=True)
+    ]
+
+
+def fit_site(form: Form, weights: Tensor, metrics: list[Metric], setting: Any) -> list[Operator]:
+    """Fit one setting at every matrix of a site."""
+    return [form.fit(w, m, setting) for w, m in zip(weights, metrics, strict=True)]
+
+
+def probe_gain(run: Run, model: Model, site: Site, reference: Reference, probe: IntSetting = PROBE) -> dict[str, float]:
+    """Measure one probe of a site on held-back batches: `gain` is measured over predicted, 1 where neither is seen."""
+    known = run.get(f"gain/{site.name}")
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    metrics = site_metrics(run, site)
+    found = {"predicted": 0.0, "measured": 0.0, "gain": 1.0}
+    if metrics[0].scale > 0:
+        weights = site.matrices(model.module)
+        operators = fit_site(IntForm(), weights.cpu(), metrics, probe)
+        rounded = torch.stack([op.dense() for op in operators])
+        predicted = sum(m.distance(w - r) for m, w, r in zip(metrics, weights.cpu(), rounded, strict=True))
+        with substituted(model, site, rounded):
+            measured = reference.divergence()
+        gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
+        found = {"predicted": predicted, "measured": measured, "gain": gain}
+    run.put(f"gain/{site.name}", found)
+    return found
+
+
+def _times(cost: Cost, count: int) -> Cost:
+    return Cost(cost.stored * count, cost.resident * count, cost.flops)

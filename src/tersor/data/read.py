@@ -1,0 +1,178 @@
+"""Data files of the usual kinds as one small value: texts or arrays, with labels where the file has them.
+
+Text: `.txt` (a text a line), `.jsonl`, `.csv`, `.parquet` with a column, a `datasets` folder saved on disk. Arrays:
+`.npz`, `.safetensors`, a folder of images. A path may be given with its column as `file.csv:column`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor.errors import TersorError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Either `texts` or `arrays` (n, ...), and `labels` (n,) where known; `batches` are used as they are."""
+
+    source: str
+    texts: list[str] | None = None
+    arrays: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    batches: list[Any] | None = None
+
+    def __len__(self) -> int:
+        for values in (self.texts, self.arrays, self.batches):
+            if values is not None:
+                return len(values)
+        return 0
+
+
+def read_data(source: str | Path | Data | list[Any], column: str | None = None) -> Data:
+    """Read `source`; raises TersorError, naming the file, where it is missing, empty or of an unknown kind."""
+    if isinstance(source, Data):
+        return source
+    if not isinstance(source, str | Path):
+        items = list(source)
+        if not items:
+            raise TersorError("The data is empty: the iterable of batches yielded nothing.")
+        if all(isinstance(item, str) for item in items):
+            return Data("texts", texts=items)
+        return Data("batches", batches=items)
+    path, named = _split_column(str(source))
+    column = column or named
+    if not path.exists():
+        raise TersorError(f"The data file {path} does not exist.")
+    try:
+        data = _read(path, column)
+    except TersorError:
+        raise
+    except Exception as error:
+        raise TersorError(f"The data file {path} could not be read: {_first_line(error)}") from error
+    if not len(data):
+        raise TersorError(f"The data file {path} is empty.")
+    return data
+
+
+def read_pairs(source: str | Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Pairs of texts with a score: a `.csv` without header, or a `.jsonl` of [text, text, score]."""
+    path = Path(source)
+    if not path.exists():
+        raise TersorError(f"The file of pairs {path} does not exist.")
+    try:
+        rows = [json.loads(line) for line in _lines(path)] if path.suffix == ".jsonl" else list(_csv(path))
+        first, second, scores = [str(r[0]) for r in rows], [str(r[1]) for r in rows], [float(r[2]) for r in rows]
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise TersorError(f"The file of pairs {path} must hold text, text, score on every line: {error}.") from error
+    if len(rows) < 3:
+        raise TersorError(f"The file of pairs {path} has {len(rows)} lines; a rank correlation needs at least 3.")
+    return first, second, np.array(scores)
+
+
+def _split_column(source: str) -> tuple[Path, str | None]:
+    path = Path(source)
+    if path.exists() or ":" not in source:
+        return path, None
+    head, column = source.rsplit(":", 1)
+    return Path(head), column
+
+
+def _read(path: Path, column: str | None) -> Data:
+    name = str(path)
+    if path.is_dir():
+        return _read_folder(path, column)
+    suffix = path.suffix.lower()
+    if suffix in (".npz", ".npy", ".safetensors"):
+        return _read_arrays(path)
+    if suffix == ".txt":
+        return Data(name, texts=list(_lines(path)))
+    if suffix in (".jsonl", ".json"):
+        rows = [json.loads(line) for line in _lines(path)]
+        if all(isinstance(row, str) for row in rows):
+            return Data(name, texts=rows)
+        return _from_columns(name, {k: [row.get(k) for row in rows] for k in (rows[0] if rows else {})}, column)
+    if suffix == ".csv":
+        rows = list(_csv(path))
+        if column is not None and column.isdigit():
+            return Data(name, texts=[row[int(column)] for row in rows])
+        header, *body = rows or [[]]
+        return _from_columns(name, {k: [row[i] for row in body] for i, k in enumerate(header)}, column)
+    if suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        return _from_columns(name, parquet.read_table(path).to_pydict(), column)
+    raise TersorError(
+        f"The data file {path} is of an unknown kind; Tersor reads .txt, .jsonl, .csv, .parquet, .npz, .safetensors, "
+        "a folder of images and a saved `datasets` folder."
+    )
+
+
+def _read_folder(path: Path, column: str | None) -> Data:
+    if (path / "dataset_info.json").exists() or (path / "state.json").exists():
+        import datasets
+
+        loaded = datasets.load_from_disk(str(path))
+        return _from_columns(str(path), {k: list(loaded[k]) for k in loaded.column_names}, column)
+    images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise TersorError(f"The data folder {path} holds neither images nor a saved dataset.")
+    from PIL import Image
+
+    arrays = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in images])
+    classes = sorted({p.parent.name for p in images})
+    labels = np.array([classes.index(p.parent.name) for p in images]) if len(classes) > 1 else None
+    return Data(str(path), arrays=arrays, labels=labels)
+
+
+def _read_arrays(path: Path) -> Data:
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        arrays = dict(load_file(path))
+    else:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded.files}
+    labels = next((v for k, v in arrays.items() if k.lower() in ("labels", "label", "y", "targets")), None)
+    inputs = [v for v in arrays.values() if v is not labels and v.ndim >= 1]
+    if not inputs:
+        raise TersorError(f"The data file {path} has no array of inputs.")
+    values = max(inputs, key=lambda v: v.size)
+    return Data(str(path), arrays=values, labels=labels if labels is not None and len(labels) == len(values) else None)
+
+
+def _from_columns(name: str, columns: dict[str, list[Any]], column: str | None) -> Data:
+    if column is None:
+        textual = [k for k, v in columns.items() if v and isinstance(v[0], str)]
+        if len(textual) != 1:
+            raise TersorError(f"{name} has the columns {', '.join(columns) or 'none'}; name one as FILE:COLUMN.")
+        column = textual[0]
+    if column not in columns:
+        raise TersorError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.")
+    label = next((k for k in ("label", "labels") if k in columns and k != column), None)
+    labels = np.array(columns[label]) if label else None
+    return Data(name, texts=[str(v) for v in columns[column]], labels=labels)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf8") as file:
+        for line in file:
+            if line.strip():
+                yield line.rstrip("\n")
+
+
+def _csv(path: Path) -> Iterator[list[str]]:
+    with path.open(encoding="utf8", newline="") as file:
+        yield from (row for row in csv.reader(file) if row)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,52 @@
+"""The forms, by name. A new form is one file here, one line in `FORMS`, and its tests."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from tersor.errors import TersorError
+from tersor.forms.base import Candidate, Cost, Form, Operator, Setting, Shape, as_values, cost_of
+from tersor.forms.integers import IntForm, IntSetting
+from tersor.forms.lowrank import LowRankForm, LowRankSetting
+from tersor.forms.sums import SumForm, SumSetting
+
+
+def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
+    for bits in (2, 3, 4):
+        for rank in (4, 8, 16, 32):
+            if rank * sum(shape) * 4 < shape[0] * shape[1]:
+                yield IntSetting(bits, 128), LowRankSetting(rank, 8)
+
+
+FORMS: dict[str, Form] = {
+    form.name: form for form in (IntForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections))
+}
+
+
+def form_named(name: str) -> Form:
+    """The form of this name; an unknown one is an error that offers the nearest."""
+    if name not in FORMS:
+        near = difflib.get_close_matches(name, FORMS, 1, 0.0)
+        raise TersorError(f"There is no form {name!r}; did you mean {near[0]!r}? The forms are {', '.join(FORMS)}.")
+    return FORMS[name]
+
+
+__all__ = [
+    "FORMS",
+    "Candidate",
+    "Cost",
+    "Form",
+    "IntForm",
+    "IntSetting",
+    "LowRankForm",
+    "LowRankSetting",
+    "Operator",
+    "Setting",
+    "Shape",
+    "SumForm",
+    "SumSetting",
+    "as_values",
+    "cost_of",
+    "form_named",
+]

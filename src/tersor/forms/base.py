@@ -1,0 +1,134 @@
+"""The contract of a form: a family of cheap operators, its settings, their exact cost, and how one is fitted.
+
+A form knows weights and metrics, never models. A setting is a frozen dataclass; an operator is an `nn.Module` whose
+buffers are integers or bit patterns, so that moving a model or changing its dtype never changes what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tersor.metrics import Metric
+
+Shape = tuple[int, int]
+Convolution = Callable[[Tensor, Tensor], Tensor]
+
+
+class Setting(Protocol):
+    """A frozen dataclass of plain values; `label` is how it is printed, `float_bits` how it is told apart."""
+
+    @property
+    def label(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one operator costs: bytes in the file, bytes in memory, FLOPs for one position."""
+
+    stored: int
+    resident: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form with one setting at one site: its cost and the divergence predicted for it, in nats."""
+
+    form: str
+    setting: Setting
+    cost: Cost
+    divergence: float
+
+
+class Operator(nn.Module):
+    """A cheap matrix (rows, columns). Subclasses fill `_buffers` and say how to decode them."""
+
+    shape: Shape
+    setting: Any
+
+    def __init__(self, shape: Shape, setting: Setting) -> None:
+        super().__init__()
+        self.shape, self.setting = shape, setting
+        self._decoded: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are stored."""
+        return sum(b.numel() * b.element_size() for b in self.state_dict().values())
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one matrix-vector product."""
+        return 2 * self.shape[0] * self.shape[1]
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (rows, columns) itself."""
+        if self._decoded is not None:
+            return self._decoded.to(dtype)
+        return self.decode().to(dtype)
+
+    def decode(self) -> Tensor:
+        """The matrix (rows, columns) in float32, made from the buffers."""
+        raise TypeError(f"{type(self).__name__} does not say how it is decoded")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x W^T` for `x` (..., columns)."""
+        return nn.functional.linear(x, self.dense(x.dtype))
+
+    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The rows at `index` (...), as (..., columns)."""
+        return nn.functional.embedding(index, self.dense(dtype))
+
+    def convolve(self, x: Tensor, convolution: Convolution) -> Tensor:
+        """`convolution(x, W)` where `convolution` unfolds a matrix to a kernel; factors may do it in two steps."""
+        return convolution(x, self.dense(x.dtype))
+
+
+class Form(Protocol):
+    """A family of cheap operators. One file in `forms/`, one line in the registry."""
+
+    name: str
+
+    def settings(self, shape: Shape) -> Iterable[Any]: ...
+
+    def setting(self, values: Mapping[str, Any]) -> Any: ...
+
+    def empty(self, shape: Shape, setting: Any) -> Operator: ...
+
+    def curve(self, weight: Tensor, metric: Metric, settings: Iterable[Any] | None = None) -> list[Candidate]: ...
+
+    def fit(self, weight: Tensor, metric: Metric, setting: Any) -> Operator: ...
+
+
+def cost_of(form: Form, shape: Shape, setting: Any) -> Cost:
+    """The exact cost of a setting, read off an operator without data."""
+    with torch.device("meta"):
+        operator = form.empty(shape, setting)
+    return Cost(operator.nbytes, operator.nbytes, operator.flops)
+
+
+def fitted_candidate(form: Form, weight: Tensor, metric: Metric, setting: Any) -> tuple[Operator, Candidate]:
+    """Fit a setting and say exactly what it does under the metric."""
+    operator = form.fit(weight, metric, setting)
+    divergence = metric.distance(weight.float() - operator.dense())
+    return operator, Candidate(form.name, setting, cost_of(form, tuple(weight.shape), setting), divergence)  # type: ignore[arg-type]
+
+
+def as_values(setting: Any) -> dict[str, Any]:
+    """A setting as plain values for JSON."""
+    return asdict(setting)
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """Float16 values as the int16 bit patterns that are stored: casts of a model's dtype leave them alone."""
+    return values.clamp(-65504, 65504).to(torch.float16).view(torch.int16)
+
+
+def from_bits(stored: Tensor) -> Tensor:
+    """The float32 values of stored float16 bit patterns."""
+    return stored.view(torch.float16).float()

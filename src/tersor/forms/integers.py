@@ -1,0 +1,292 @@
+"""The form `int`: integers of a few bits on a grid with a scale, and if asked a zero, for every group of entries.
+
+`W_hat = s (C - z)`. The scales are searched under the metric, not taken from the extremes, and snapped to the precision
+they are stored in before any entry is rounded; rounding is to the nearest or with feedback (`rounding.py`).
+Groups lie along the columns, or along the rows (P435 Rethinking Channel Dimensions to Isolate Outliers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.errors import TersorError
+from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, from_bits
+from tersor.forms.packing import PLANES, pack, packed_width, unpack
+from tersor.forms.rounding import round_with_feedback
+from tersor.metrics import Metric
+
+ROUNDINGS = ("nearest", "feedback", "two-sided")
+BATCH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class IntSetting:
+    """`group_size` None is a whole row (axis `columns`) or a whole column (axis `rows`)."""
+
+    bits: int
+    group_size: int | None = 64
+    axis: str = "columns"
+    symmetric: bool = False
+    scale_bits: int = 8
+    rounding: str = "two-sided"
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("bits", tuple(b for b in PLANES if b > 1)),
+            ("axis", ("columns", "rows")),
+            ("scale_bits", (8, 16)),
+            ("rounding", ROUNDINGS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise TersorError(f"int: {name} is {getattr(self, name)!r}, but must be one of {allowed}.")
+        if self.group_size is not None and self.group_size < 1:
+            raise TersorError(f"int: group_size is {self.group_size}, but must be at least 1, or null for a whole row.")
+
+    @property
+    def label(self) -> str:
+        group = "row" if self.group_size is None else f"g{self.group_size}"
+        marks = ("" if self.axis == "columns" else " by rows") + (" sym" if self.symmetric else "")
+        return f"int{self.bits} {group}{marks} {self.rounding}"
+
+    @property
+    def half(self) -> float:
+        """The code that a symmetric grid maps to zero."""
+        return (2**self.bits - 1) / 2
+
+
+class IntOperator(Operator):
+    """Packed codes (rows, bytes); scales and zeros per group, in 16-bit floats or 8-bit codes of a tensor-wide range."""
+
+    setting: IntSetting
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    scale_range: Tensor
+
+    def __init__(self, shape: Shape, setting: IntSetting) -> None:
+        super().__init__(shape, setting)
+        groups = _groups(shape, setting)
+        small = torch.uint8 if setting.scale_bits == 8 else torch.int16
+        self.register_buffer("codes", torch.zeros(shape[0], packed_width(shape[1], setting.bits), dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(groups, dtype=small))
+        if setting.scale_bits == 8:
+            self.register_buffer("scale_range", torch.zeros(2, dtype=torch.int32))
+        if not setting.symmetric:
+            self.register_buffer("zero", torch.zeros(groups, dtype=small))
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scales and zeros of the groups, float32."""
+        setting = self.setting
+        if setting.scale_bits == 16:
+            scale = from_bits(self.scale)
+            zero = torch.full_like(scale, setting.half) if setting.symmetric else from_bits(self.zero)
+            return scale, zero
+        low, step = self.scale_range.view(torch.float32)
+        scale = torch.exp2(low + step * self.scale.float())
+        if setting.symmetric:
+            return scale, torch.full_like(scale, setting.half)
+        return scale, self.zero.float() * ((2**setting.bits - 1) / 255)
+
+    def set_grid(self, scale: Tensor, zero: Tensor) -> None:
+        """Store scales and zeros in the setting's precision."""
+        setting = self.setting
+        if setting.scale_bits == 16:
+            self.scale = bits_of(scale.clamp_min(6e-8))
+            if not setting.symmetric:
+                self.zero = bits_of(zero)
+            return
+        logs = scale.clamp_min(1e-30).log2()
+        low, high = logs.min(), logs.max()
+        step = (high - low).clamp_min(1e-6) / 255
+        self.scale_range = torch.stack([low, step]).float().view(torch.int32)
+        self.scale = ((logs - low) / step).round().clamp(0, 255).to(torch.uint8)
+        if not setting.symmetric:
+            self.zero = (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
+
+    def decode(self) -> Tensor:
+        return self._decode_rows(None)
+
+    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._decoded is not None:
+            return super().take(index, dtype)
+        rows = self._decode_rows(index.reshape(-1))
+        return rows.reshape(*index.shape, self.shape[1]).to(dtype)
+
+    def _decode_rows(self, index: Tensor | None) -> Tensor:
+        scale, zero = (_expand(g, self.shape, self.setting, index) for g in self.grid())
+        packed = self.codes if index is None else self.codes[index]
+        return (unpack(packed, self.setting.bits, self.shape[1]).float() - zero) * scale
+
+
+class IntForm:
+    """Integers of 2 to 8 bits in groups."""
+
+    name = "int"
+
+    def __init__(self, rounding: str = "two-sided") -> None:
+        self.rounding = rounding
+
+    def settings(self, shape: Shape) -> Iterable[IntSetting]:
+        """The ladder: few bits in several group sizes, many bits in whole rows."""
+        for bits in (2, 3, 4, 5, 6, 8):
+            sizes = (None,) if bits > 4 else (None, 128, 64, 32)
+            for size in sizes:
+                if size is None or size < shape[1]:
+                    yield IntSetting(bits, size, symmetric=size is None, rounding=self.rounding)
+
+    def setting(self, values: Mapping[str, Any]) -> IntSetting:
+        return IntSetting(**values)
+
+    def empty(self, shape: Shape, setting: IntSetting) -> IntOperator:
+        return IntOperator(shape, setting)
+
+    def curve(self, weight: Tensor, metric: Metric, settings: Iterable[IntSetting] | None = None) -> list[Candidate]:
+        shape: Shape = (weight.shape[0], weight.shape[1])
+        ladder = list(self.settings(shape) if settings is None else settings)
+        operators = self.fit_all(weight, metric, ladder)
+        return [
+            Candidate(self.name, s, cost_of(self, shape, s), metric.distance(weight.float() - o.dense()))
+            for s, o in zip(ladder, operators, strict=True)
+        ]
+
+    def fit(self, weight: Tensor, metric: Metric, setting: IntSetting) -> IntOperator:
+        return self.fit_all(weight, metric, [setting])[0]
+
+    def fit_all(self, weight: Tensor, metric: Metric, settings: list[IntSetting]) -> list[IntOperator]:
+        """Fit several settings, as many at once as share a rounding and fit in `BATCH_BYTES`."""
+        weight = weight.detach().float()
+        batch = max(1, BATCH_BYTES // (weight.numel() * 40))
+        done: dict[IntSetting, IntOperator] = {}
+        for rounding in ROUNDINGS:
+            chosen = [s for s in settings if s.rounding == rounding]
+            for start in range(0, len(chosen), batch):
+                part = chosen[start : start + batch]
+                done.update(zip(part, _fit_batch(weight, metric, part), strict=True))
+        return [done[setting] for setting in settings]
+
+
+def _fit_batch(weight: Tensor, metric: Metric, settings: list[IntSetting]) -> list[IntOperator]:
+    shape: Shape = (weight.shape[0], weight.shape[1])
+    (lower_rows, pivot_rows), (lower_columns, pivot_columns) = metric.rows.unit_lower, metric.columns.unit_lower
+    if settings[0].rounding == "nearest":
+        lower_rows = lower_columns = None
+        pivot_rows, pivot_columns = metric.rows.diagonal, metric.columns.diagonal
+    elif settings[0].rounding == "feedback":
+        lower_rows, pivot_rows = None, metric.rows.diagonal
+    importance = torch.outer(_relative(pivot_rows), _relative(pivot_columns))
+    operators, grids = [], []
+    for setting in settings:
+        operator = IntOperator(shape, setting).to(weight.device)
+        operator.set_grid(*search_grid(weight, importance, setting))
+        operators.append(operator)
+        grids.append([_expand(g, shape, setting) for g in operator.grid()])
+    scale, zero = torch.stack([g[0] for g in grids]), torch.stack([g[1] for g in grids])
+    top = torch.tensor([2.0**s.bits - 1 for s in settings], device=weight.device)[:, None, None].expand_as(scale)
+    rounded = round_with_feedback(weight.expand_as(scale), _to_grid, [scale, zero, top], lower_rows, lower_columns)
+    codes = torch.minimum((rounded / scale + zero).round().clamp_min(0), top)
+    for operator, of_one in zip(operators, codes, strict=True):
+        operator.codes = pack(of_one, operator.setting.bits)
+    return operators
+
+
+def _to_grid(target: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
+    """The nearest value of the grid `scale * (0..top - zero)`."""
+    return (torch.minimum((target / scale + zero).round().clamp_min(0), top) - zero) * scale
+
+
+def search_grid(weight: Tensor, importance: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
+    """Scale and zero of every group that make the importance-weighted error of plain rounding least.
+
+    Starts from the extremes (all that is done where `setting.search` is off), tries shrunken ranges, then alternates
+    codes and the closed-form least-squares scale and zero, and keeps the best of all iterates.
+    """
+    w, h = _grouped(weight, setting), _grouped(importance.to(weight), setting)
+    w, h = w.nan_to_num(), torch.where(w.isnan(), 0.0, h)
+    top = 2**setting.bits - 1
+    if setting.symmetric:
+        centre, radius = torch.zeros_like(w[..., :1]), w.abs().amax(-1, keepdim=True)
+    else:
+        low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+        centre, radius = (low + high) / 2, (high - low) / 2
+    radius = radius.clamp_min(1e-12)
+
+    def error(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        codes = (w / scale + zero).round().clamp(0, top)
+        return codes, (h * (w - (codes - zero) * scale).square()).sum(-1, keepdim=True)
+
+    def zero_of(scale: Tensor) -> Tensor:
+        return (top / 2 - centre / scale).clamp(0, top)
+
+    scale = 2 * radius / top
+    zero = zero_of(scale)
+    if not setting.search:
+        return scale.squeeze(-1), zero.squeeze(-1)
+    codes, best = error(scale, zero)
+    for share in torch.linspace(0.95, 0.25 + 0.06 * setting.bits, 12 if setting.bits < 5 else 6):
+        trial = 2 * radius / top * float(share)
+        trial_zero = zero_of(trial)
+        trial_codes, trial_error = error(trial, trial_zero)
+        better = trial_error < best
+        best, scale = torch.where(better, trial_error, best), torch.where(better, trial, scale)
+        zero, codes = torch.where(better, trial_zero, zero), torch.where(better, trial_codes, codes)
+    for _ in range(3):
+        trial, trial_zero = _least_squares(w, h, codes, zero, setting)
+        trial_codes, trial_error = error(trial, trial_zero)
+        better = trial_error < best
+        best, scale = torch.where(better, trial_error, best), torch.where(better, trial, scale)
+        zero, codes = torch.where(better, trial_zero, zero), torch.where(better, trial_codes, codes)
+    return scale.squeeze(-1), zero.squeeze(-1)
+
+
+def _least_squares(w: Tensor, h: Tensor, codes: Tensor, zero: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
+    """Scale (and zero) that fit `w` by `s (codes - z)` in the norm of `h`."""
+    if setting.symmetric:
+        level = codes - zero
+        scale = (h * level * w).sum(-1, keepdim=True) / (h * level.square()).sum(-1, keepdim=True).clamp_min(1e-20)
+        return scale.clamp_min(1e-12), zero
+    mass = h.sum(-1, keepdim=True).clamp_min(1e-20)
+    mean_w, mean_c = (h * w).sum(-1, keepdim=True) / mass, (h * codes).sum(-1, keepdim=True) / mass
+    covariance = (h * (codes - mean_c) * (w - mean_w)).sum(-1, keepdim=True)
+    scale = (covariance / (h * (codes - mean_c).square()).sum(-1, keepdim=True).clamp_min(1e-20)).clamp_min(1e-12)
+    return scale, (mean_c - mean_w / scale).clamp(0, 2**setting.bits - 1)
+
+
+def _relative(values: Tensor) -> Tensor:
+    return (values / values.mean().clamp_min(1e-300)).float()
+
+
+def _groups(shape: Shape, setting: IntSetting) -> Shape:
+    """Shape of the scales."""
+    rows, columns = shape
+    if setting.axis == "columns":
+        return rows, -(-columns // (setting.group_size or columns))
+    return -(-rows // (setting.group_size or rows)), columns
+
+
+def _grouped(matrix: Tensor, setting: IntSetting) -> Tensor:
+    """(rows, columns) as (groups..., size), short last groups filled with NaN."""
+    by_rows = setting.axis == "rows"
+    matrix = matrix.T if by_rows else matrix
+    size = setting.group_size or matrix.shape[1]
+    pad = -matrix.shape[1] % size
+    padded = torch.nn.functional.pad(matrix, (0, pad), value=float("nan")) if pad else matrix
+    grouped = padded.reshape(matrix.shape[0], -1, size)
+    return grouped.transpose(0, 1) if by_rows else grouped
+
+
+def _expand(groups: Tensor, shape: Shape, setting: IntSetting, index: Tensor | None = None) -> Tensor:
+    """A value a group as a value an entry, for all rows or those of `index`."""
+    if setting.axis == "rows":
+        if index is not None:
+            return groups[index // (setting.group_size or shape[0])]
+        return groups.repeat_interleave(setting.group_size or shape[0], 0)[: shape[0]]
+    groups = groups if index is None else groups[index]
+    if setting.group_size is None:
+        return groups.expand(-1, shape[1])
+    return groups.repeat_interleave(setting.group_size, 1)[:, : shape[1]]

@@ -1,0 +1,48 @@
+"""Codes of 1 to 8 bits, packed so that `bits` bits in the file hold one code.
+
+A code is split into planes of 4, 2 and 1 bits (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2); every plane of a row is packed into
+whole bytes, so packing and unpacking are a few shifts over whole tensors, and single rows can be decoded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes that a row of `columns` codes takes."""
+    return sum(-(-columns * plane // 8) for plane in PLANES[bits])
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (rows, columns) of integers below `2**bits` as bytes (rows, packed_width)."""
+    rest, planes = codes.to(torch.uint8), []
+    for plane in PLANES[bits]:
+        per_byte = 8 // plane
+        part = rest & (2**plane - 1)
+        rest = rest >> plane if plane < 8 else rest
+        part = torch.nn.functional.pad(part, (0, -part.shape[1] % per_byte))
+        part = part.reshape(part.shape[0], -1, per_byte)
+        packed = part[..., 0].clone()
+        for k in range(1, per_byte):
+            packed |= part[..., k] << (k * plane)
+        planes.append(packed)
+    return torch.cat(planes, 1)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The codes (rows, columns), uint8, of bytes made by `pack`."""
+    codes, start, shift = None, 0, 0
+    for plane in PLANES[bits]:
+        width = -(-columns * plane // 8)
+        part = packed[:, start : start + width]
+        if plane < 8:
+            mask = 2**plane - 1
+            part = torch.stack([(part >> s) & mask for s in range(0, 8, plane)], -1).flatten(1)[:, :columns]
+        codes = part if codes is None else codes | (part << shift)
+        start, shift = start + width, shift + plane
+    assert codes is not None
+    return codes

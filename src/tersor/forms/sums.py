@@ -1,0 +1,89 @@
+"""Sums of two forms: fit one, then the other on what is left, and again, keeping the best iterate.
+
+`int+lowrank` with no alternation is a low-rank correction of the quantisation error (P160 EoRA, P260 LQER by the
+metric); with alternation it is P027 LQ-LoRA's decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tersor.errors import TersorError
+from tersor.forms.base import Candidate, Form, Operator, Shape, fitted_candidate
+from tersor.forms.products import SumOperator
+from tersor.metrics import Metric
+
+
+@dataclass(frozen=True)
+class SumSetting:
+    """The settings of the two terms and how often the fit alternates between them after the first round."""
+
+    first: Any
+    second: Any
+    alternations: int = 0
+
+    @property
+    def label(self) -> str:
+        again = f" x{self.alternations}" if self.alternations else ""
+        return f"{self.first.label} + {self.second.label}{again}"
+
+
+class SumForm:
+    """Two forms added; `pairs(shape)` is the ladder of their settings."""
+
+    def __init__(self, first: Form, second: Form, pairs: Any) -> None:
+        self.first, self.second, self.pairs = first, second, pairs
+        self.name = f"{first.name}+{second.name}"
+
+    def settings(self, shape: Shape) -> Iterable[SumSetting]:
+        for first, second in self.pairs(shape):
+            yield SumSetting(first, second)
+
+    def setting(self, values: Mapping[str, Any]) -> SumSetting:
+        if not {"first", "second"} <= set(values):
+            raise TersorError(f"{self.name}: a setting needs `first` and `second`, but has {sorted(values)}.")
+        return SumSetting(
+            self.first.setting(values["first"]), self.second.setting(values["second"]), values.get("alternations", 0)
+        )
+
+    def empty(self, shape: Shape, setting: SumSetting) -> SumOperator:
+        return SumOperator(self.first.empty(shape, setting.first), self.second.empty(shape, setting.second), setting)
+
+    def curve(self, weight: Tensor, metric: Metric, settings: Iterable[SumSetting] | None = None) -> list[Candidate]:
+        """Settings that share their first term share its fit."""
+        shape: Shape = (weight.shape[0], weight.shape[1])
+        ladder = list(self.settings(shape) if settings is None else settings)
+        candidates, fitted = [], {}
+        for setting in ladder:
+            if setting.alternations:
+                candidates.append(fitted_candidate(self, weight, metric, setting)[1])
+                continue
+            if setting.first not in fitted:
+                fitted[setting.first] = weight.float() - self.first.fit(weight, metric, setting.first).dense()
+            candidates += self._with_first(fitted[setting.first], shape, metric, setting)
+        return candidates
+
+    def _with_first(self, left_over: Tensor, shape: Shape, metric: Metric, setting: SumSetting) -> list[Candidate]:
+        from tersor.forms.base import cost_of
+
+        (second,) = self.second.curve(left_over, metric, [setting.second])
+        return [Candidate(self.name, setting, cost_of(self, shape, setting), second.divergence)]
+
+    def fit(self, weight: Tensor, metric: Metric, setting: SumSetting) -> Operator:
+        weight = weight.detach().float()
+        best: tuple[float, SumOperator] | None = None
+        correction = weight.new_zeros(weight.shape)
+        for _ in range(setting.alternations + 1):
+            first = self.first.fit(weight - correction, metric, setting.first)
+            second = self.second.fit(weight - first.dense(), metric, setting.second)
+            operator = SumOperator(first, second, setting)
+            distance = metric.distance(weight - operator.dense())
+            if best is None or distance < best[0]:
+                best = distance, operator
+            correction = second.dense()
+        assert best is not None
+        return best[1]

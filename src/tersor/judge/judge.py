@@ -1,0 +1,120 @@
+"""Judging: the built model against the original on held-out data, with intervals, and what the plan had predicted.
+
+The judge knows no form: it sees two models with the same inputs, the sizes of two sets of files, and a ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.build import decoded
+from tersor.judge.costs import Latency, latency, peak_bytes, resident_bytes
+from tersor.judge.intervals import Estimate, mean_estimate
+from tersor.judge.scores import Score, pair_score, paired, score_all, spearman
+from tersor.models.compare import mean_by_unit
+from tersor.models.model import Batch, Model
+
+Pairs = tuple[list[str], list[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the weights on disk, of tensors resident, and at the peak of one batch; FLOPs of weights a position."""
+
+    stored: int
+    resident: int
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Everything that was measured. `divergence` is in `unit`; `predicted` is what the plan said, if known."""
+
+    divergence_name: str
+    unit: str
+    divergence: Estimate
+    predicted: float | None
+    samples: int
+    predictions: int
+    scores: tuple[Score, ...]
+    original: Sizes
+    new: Sizes
+    latency: Latency
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def judge(
+    original: Model,
+    new: Model,
+    batches: Sequence[Batch],
+    *,
+    stored: tuple[int, int],
+    flops: tuple[int, int],
+    predicted: float | None = None,
+    pairs: Pairs | None = None,
+    sequence_length: int = 256,
+    timing_batch: Batch | None = None,
+) -> Judgement:
+    """Compare two models that take the same batches. `pairs` are texts with a score, for encoders."""
+    with torch.no_grad(), decoded(new.module):
+        before = [original.outputs(batch).float().cpu() for batch in batches]
+        after = [new.outputs(batch).float().cpu() for batch in batches]
+    units = [original.units(batch) for batch in batches]
+    values = np.concatenate(
+        [
+            mean_by_unit(original.divergence.compare(a, b).double(), u)
+            for a, b, u in zip(before, after, units, strict=True)
+        ]
+    )
+    scores = score_all(original, batches, before, after)
+    if pairs is not None:
+        scores.append(_pairs(original, new, pairs, sequence_length))
+    timed = batches[0] if timing_batch is None else timing_batch
+    return Judgement(
+        original.divergence.name,
+        original.divergence.unit,
+        mean_estimate(values),
+        predicted,
+        len(values),
+        sum(len(u) for u in units),
+        tuple(scores),
+        *(
+            Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, timed), m.module, m.device), flops[k])
+            for k, m in enumerate((original, new))
+        ),
+        latency(original, new, timed),
+    )
+
+
+def _once(model: Model, batch: Batch) -> Any:
+    def run() -> None:
+        with torch.no_grad():
+            model.outputs(batch)
+
+    return run
+
+
+def _pairs(original: Model, new: Model, pairs: Pairs, sequence_length: int) -> Score:
+    truth = pairs[2]
+
+    def embedder(model: Any) -> Any:
+        def embed(texts: list[str]) -> Tensor:
+            with torch.no_grad(), decoded(model.module):
+                parts = [model.outputs(b).cpu() for b in model.encode_texts(texts, sequence_length, 64)]
+            return torch.cat(parts)
+
+        return embed
+
+    a, b = pair_score(embedder(original), pairs), pair_score(embedder(new), pairs)
+    return paired(
+        "Spearman on pairs", len(truth), lambda i: spearman(a[i], truth[i]), lambda i: spearman(b[i], truth[i])
+    )

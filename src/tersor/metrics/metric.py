@@ -1,0 +1,146 @@
+"""A metric is a norm on the error of one weight, in nats of the model's divergence.
+
+The Hessian of the divergence at zero error is approximated by a Kronecker product of a moment of the rows of the
+weight and a moment of its columns, `d(E) = scale * tr(R E C E^T)`. The five kinds keep more or less of the two
+moments: `identity` their mean, `diagonal` their diagonals, `input` / `output` one of them whole, `kronecker` both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+KINDS = ("identity", "diagonal", "input", "output", "kronecker")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One factor of a metric: a positive definite moment (n, n), or its diagonal (n,)."""
+
+    moment: Tensor
+
+    @property
+    def size(self) -> int:
+        return int(self.moment.shape[0])
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.moment.dim() == 1
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """The diagonal of the moment (n,)."""
+        return self.moment if self.is_diagonal else self.moment.diagonal()
+
+    def mean(self) -> Side:
+        """The same side with every entry of the diagonal at its mean, nothing beside it."""
+        return Side(self.diagonal.mean().expand(self.size).clone())
+
+    def damped(self, amount: float) -> Side:
+        """The same side with `amount` times the mean of its diagonal added to the diagonal."""
+        extra = amount * self.diagonal.mean().clamp_min(1e-30)
+        if self.is_diagonal:
+            return Side(self.moment + extra)
+        return Side(self.moment + extra * torch.eye(self.size, dtype=self.moment.dtype, device=self.moment.device))
+
+    @cached_property
+    def cholesky(self) -> Tensor:
+        """Lower `L` (n, n) with `L L^T` the moment, in float64, or its diagonal (n,)."""
+        if self.is_diagonal:
+            return self.moment.double().clamp_min(1e-300).sqrt()
+        moment = self.moment.double()
+        jitter = 1e-12 * moment.diagonal().mean().clamp_min(1e-30)
+        eye = torch.eye(self.size, dtype=torch.float64, device=moment.device)
+        for _ in range(12):
+            factor, failed = torch.linalg.cholesky_ex(moment + jitter * eye)
+            if not failed:
+                return factor
+            jitter = 10 * jitter
+        raise torch.linalg.LinAlgError("a moment is not positive semi-definite")
+
+    @cached_property
+    def unit_lower(self) -> tuple[Tensor | None, Tensor]:
+        """`(L, d)` with the moment `L diag(d) L^T`, `L` unit lower triangular, None where it is the identity."""
+        if self.is_diagonal:
+            return None, self.moment.double()
+        pivot = self.cholesky.diagonal()
+        return self.cholesky / pivot, pivot.square()
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """The moment times `matrix` (n, m)."""
+        moment = self.moment.to(matrix.dtype)
+        return moment[:, None] * matrix if self.is_diagonal else moment @ matrix
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        """`L^T matrix` for `matrix` (n, m), in float64."""
+        matrix = matrix.double()
+        return self.cholesky[:, None] * matrix if self.is_diagonal else self.cholesky.T @ matrix
+
+    def unwhiten(self, matrix: Tensor) -> Tensor:
+        """`L^-T matrix` for `matrix` (n, m), in float64."""
+        matrix = matrix.double()
+        if self.is_diagonal:
+            return matrix / self.cholesky[:, None]
+        return torch.linalg.solve_triangular(self.cholesky.T, matrix, upper=True)
+
+    def compress(self, basis: Tensor) -> Side:
+        """The side that errors in the coefficients of `basis` (n, k) see: `basis^T moment basis` (k, k)."""
+        basis = basis.double()
+        return Side(basis.T @ Side(self.moment.double()).apply(basis))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`d(E) = scale * tr(R E C E^T)` for an error `E` (rows, columns), in nats where both moments were observed.
+
+    `scale` is half the positions per prediction: the second-order term of the divergence of one prediction. A damped
+    metric steers a fit; `judged_by` keeps the one it was made from, under which distances are reported.
+    """
+
+    kind: str
+    rows: Side
+    columns: Side
+    scale: float = 1.0
+    judged_by: Metric | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.size, self.columns.size
+
+    def distance(self, error: Tensor) -> float:
+        """The predicted divergence of a weight error (rows, columns), in nats."""
+        if self.judged_by is not None:
+            return self.judged_by.distance(error)
+        error = error.float()
+        left = self.rows.apply(error)
+        right = self.columns.apply(error.T).T
+        return self.scale * float((left * right).sum(dtype=torch.float64))
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """`L_r^T W L_c`, whose squared Frobenius norm times `scale` is `distance(W)`; float64."""
+        return self.columns.whiten(self.rows.whiten(weight).T).T
+
+    def unwhiten(self, whitened: Tensor) -> Tensor:
+        """The inverse of `whiten`; float64."""
+        return self.columns.unwhiten(self.rows.unwhiten(whitened).T).T
+
+    def damped(self, rows: float, columns: float) -> Metric:
+        """The metric with its two moments damped by these shares of their mean diagonals."""
+        judge = self if self.judged_by is None else self.judged_by
+        return Metric(self.kind, self.rows.damped(rows), self.columns.damped(columns), self.scale, judge)
+
+    def coarsened(self, kind: str, *, input_is_columns: bool = True) -> Metric:
+        """The metric of another `kind` made from the same moments; the input is the columns but for a table."""
+        if kind == "kronecker":
+            return Metric(kind, self.rows, self.columns, self.scale)
+        if kind == "identity":
+            return Metric(kind, self.rows.mean(), self.columns.mean(), self.scale)
+        if kind == "diagonal":
+            return Metric(kind, Side(self.rows.diagonal), Side(self.columns.diagonal), self.scale)
+        keep_columns = (kind == "input") == input_is_columns
+        rows = self.rows.mean() if keep_columns else self.rows
+        columns = self.columns if keep_columns else self.columns.mean()
+        return Metric(kind, rows, columns, self.scale)

@@ -1,0 +1,61 @@
+"""Measuring a divergence: the outputs of the model as it was against its outputs now, prediction by prediction.
+
+Values are means over independent samples (windows, texts, images), so that intervals by resampling them are honest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.models.model import Batch, Model
+from tersor.models.sites import Site
+
+
+class Reference:
+    """The outputs of a model on some batches as they were when this was made, in float32 on the CPU."""
+
+    def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
+        self.model, self.batches = model, batches
+        self.outputs = [output.cpu() for output in self._run()]
+        self.units = [model.units(batch) for batch in batches]
+
+    def _run(self) -> Iterator[Tensor]:
+        with torch.no_grad():
+            for batch in self.batches:
+                yield self.model.outputs(batch).float()
+
+    def divergences(self) -> np.ndarray:
+        """The mean divergence of every independent sample between then and now, float64."""
+        out = []
+        for before, now, units in zip(self.outputs, self._run(), self.units, strict=True):
+            values = self.model.divergence.compare(before.to(now.device), now).double().cpu()
+            out.append(mean_by_unit(values, units))
+        return np.concatenate(out)
+
+    def divergence(self) -> float:
+        return float(self.divergences().mean())
+
+
+def mean_by_unit(values: Tensor, units: Tensor) -> np.ndarray:
+    """Means of values (predictions,) over those of the same unit (predictions,)."""
+    count = int(units.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, units, values)
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, units, torch.ones_like(values))
+    return (sums / sizes.clamp_min(1)).numpy()
+
+
+@contextmanager
+def substituted(model: Model, site: Site, matrices: Tensor) -> Iterator[None]:
+    """The model with the weight of `site` replaced by `matrices` (stack, rows, columns), put back at the end."""
+    parameter = site.parameter(model.module)
+    kept = parameter.data
+    parameter.data = site.to_parameter(matrices).to(kept).contiguous()
+    try:
+        yield
+    finally:
+        parameter.data = kept

@@ -1,0 +1,122 @@
+"""What counts as damage at the output of a model, and the random probes whose gradients have its Hessian as covariance.
+
+A divergence compares original and new outputs, prediction by prediction. With `g` the gradient of its probe at the
+original output, `E[g g^T]` is the Hessian of the divergence at zero error, so half a squared norm of errors under the
+moments of `g` predicts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.errors import TersorError
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """`compare(original, new)` maps outputs (predictions, ...) to (predictions,); `probe(output, generator)` to a scalar."""
+
+    name: str
+    unit: str
+    compare: Callable[[Tensor, Tensor], Tensor]
+    probe: Callable[[Tensor, torch.Generator], Tensor]
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+
+
+def _kl(original: Tensor, new: Tensor) -> Tensor:
+    p, q = original.float().log_softmax(-1), new.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).flatten(1).sum(1) if p.dim() > 2 else (p.exp() * (p - q)).sum(-1)
+
+
+def _kl_probe(output: Tensor, generator: torch.Generator) -> Tensor:
+    logs = output.float().log_softmax(-1)
+    flat = logs.reshape(-1, logs.shape[-1])
+    label = torch.multinomial(flat.detach().exp(), 1, generator=generator)
+    return flat.gather(-1, label).sum()
+
+
+def _cosine(original: Tensor, new: Tensor) -> Tensor:
+    a, b = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (original, new))
+    return 0.5 * (a - b).square().sum(-1)
+
+
+def _cosine_probe(output: Tensor, generator: torch.Generator) -> Tensor:
+    unit = torch.nn.functional.normalize(output.float(), dim=-1)
+    return (unit * _normal(unit, generator)).sum()
+
+
+def _mse(original: Tensor, new: Tensor) -> Tensor:
+    return (original.float() - new.float()).square().flatten(1).mean(1)
+
+
+def _mse_probe(output: Tensor, generator: torch.Generator) -> Tensor:
+    output = output.float()
+    return (output * _normal(output, generator)).sum() * (2 / output[0].numel()) ** 0.5
+
+
+def _bce(original: Tensor, new: Tensor) -> Tensor:
+    logsigmoid = torch.nn.functional.logsigmoid
+    a, b = original.double(), new.double()
+    on, off = a.sigmoid(), (-a).sigmoid()
+    terms = on * (logsigmoid(a) - logsigmoid(b)) + off * (logsigmoid(-a) - logsigmoid(-b))
+    return terms.reshape(len(terms), -1).sum(1)
+
+
+def _bce_probe(output: Tensor, generator: torch.Generator) -> Tensor:
+    output = output.float()
+    label = torch.rand(output.shape, generator=generator, device=output.device) < output.detach().sigmoid()
+    return torch.nn.functional.logsigmoid(torch.where(label, output, -output)).sum()
+
+
+DIVERGENCES = {
+    d.name: d
+    for d in (
+        Divergence("kl", "nats", _kl, _kl_probe),
+        Divergence("cosine", "1 - cos", _cosine, _cosine_probe),
+        Divergence("mse", "squared error", _mse, _mse_probe),
+        Divergence("bce", "nats", _bce, _bce_probe),
+    )
+}
+LARGEST_HESSIAN = 512
+
+
+def custom_divergence(function: Callable[[Tensor, Tensor], Tensor], name: str = "custom") -> Divergence:
+    """A divergence from any Python function of (original, new) outputs that returns one value a prediction.
+
+    Its Hessian in the new output is taken by automatic differentiation for up to 512 outputs a prediction, exactly; it
+    must be twice differentiable and least, zero, where both outputs are equal.
+    """
+
+    def probe(output: Tensor, generator: torch.Generator) -> Tensor:
+        flat = output.float().flatten(1)
+        if flat.shape[1] > LARGEST_HESSIAN:
+            raise TersorError(
+                f"A divergence of your own needs at most {LARGEST_HESSIAN} outputs a prediction; here are {flat.shape[1]}."
+            )
+
+        def of_one(new: Tensor, original: Tensor) -> Tensor:
+            shape = (1, *output.shape[1:])
+            return function(original.reshape(shape), new.reshape(shape)).sum()
+
+        fixed = flat.detach()
+        hessian = torch.func.vmap(torch.func.hessian(of_one))(fixed, fixed)
+        values, vectors = torch.linalg.eigh(hessian)
+        root = vectors * values.clamp_min(0).sqrt()[:, None, :]
+        direction = (root @ _normal(fixed, generator)[..., None])[..., 0]
+        return (flat * direction).sum()
+
+    return Divergence(name, "units of your own", function, probe)
+
+
+def divergence_named(name: str) -> Divergence:
+    """One of `DIVERGENCES`; raises TersorError for an unknown name."""
+    if name not in DIVERGENCES:
+        raise TersorError(f"There is no divergence {name!r}; choose one of {', '.join(DIVERGENCES)}.")
+    return DIVERGENCES[name]

@@ -1,0 +1,160 @@
+"""Safetensors checkpoints on disk: their headers, their exact sizes, and writing them safely.
+
+A header is read and checked before any tensor is: truncated, foreign and overlapping files are refused in a sentence
+that names them. Files are written under a temporary name and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tersor.errors import TersorError
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weight files of a folder: where each tensor lies, with its shape and dtype, and their bytes on disk."""
+
+    files: tuple[Path, ...]
+    entries: dict[str, tuple[Path, tuple[int, ...], torch.dtype | None]]
+    file_bytes: int
+    fingerprint: str
+
+    def dtype_of(self, name: str, default: torch.dtype) -> torch.dtype:
+        entry = self.entries.get(name)
+        return entry[2] if entry is not None and entry[2] is not None else default
+
+
+def open_checkpoint(source: Path) -> Checkpoint:
+    """Read the headers of `source`: a safetensors file, or a folder with one or an index of several.
+
+    Raises TersorError for a missing, truncated or foreign file, naming it.
+    """
+    if not source.exists():
+        raise TersorError(f"{source} does not exist.")
+    paths = [source] if source.is_file() else _files_of(source)
+    entries: dict[str, tuple[Path, tuple[int, ...], torch.dtype | None]] = {}
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    part = file.get_slice(name)
+                    if name in entries:
+                        raise TersorError(f"{path} holds {name}, which {entries[name][0]} holds already.")
+                    entries[name] = path, tuple(part.get_shape()), _BY_NAME.get(part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise TersorError(f"{path} is damaged or no safetensors file: {error}.") from error
+        digest.update(_fingerprint(path))
+    return Checkpoint(tuple(paths), entries, sum(p.stat().st_size for p in paths), digest.hexdigest()[:16])
+
+
+def _files_of(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise TersorError(f"{index} is not a safetensors index.") from error
+        paths = [folder / name for name in names]
+        for path, name in zip(paths, names, strict=True):
+            if path.resolve().parent != folder.resolve() and Path(name).name != name:
+                raise TersorError(f"{index} names {name}, which lies outside of the folder.")
+            if not path.exists():
+                raise TersorError(f"{index} names {name}, which is missing.")
+        return paths
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise TersorError(f"{folder} has weights as pickles only; convert them to safetensors first.")
+    raise TersorError(f"{folder} has no model.safetensors.")
+
+
+def _fingerprint(path: Path) -> bytes:
+    """A hash of the size, the header and a sample of the data of a file; cheap for files of any size."""
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        for position in range(0, size, max(1, size // 64)):
+            file.seek(position)
+            digest.update(file.read(4096))
+    return digest.digest()
+
+
+def file_bytes(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> int:
+    """The exact size of the safetensors file of tensors with these names, shapes and dtypes."""
+    entries = [(name, shape, dtype, _size(shape, dtype)) for name, shape, dtype in tensors]
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    offset = 0
+    for name, shape, dtype, size in sorted(entries, key=lambda e: (-_ORDER.index(e[2]), e[0])):
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + text + (-text % 8) + offset
+
+
+# safetensors lays tensors out by dtype, this order from its end, then by name.
+_ORDER = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32, torch.float32,
+    torch.float64, torch.int64,
+)  # fmt: skip
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    size = torch.empty(0, dtype=dtype).element_size()
+    for length in shape:
+        size *= length
+    return size
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors under a temporary name and rename the file when it is whole."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    written(path, lambda temporary: save_file(ready, temporary, METADATA))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it when it is whole."""
+    written(path, lambda temporary: temporary.write_text(text, encoding="utf8"))
+
+
+def written(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` on a temporary path beside `path` and rename; a failure leaves nothing behind."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise TersorError(f"{path} could not be written: {error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy what goes with a model (tokenizer, pooling, generation config), but no weights and no config."""
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and (path / "config.json").exists():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        elif path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja", ".md") or path.name == "LICENSE":
+            if path.name not in ("config.json", "model.safetensors.index.json", "README.md"):
+                shutil.copy2(path, target / path.name)

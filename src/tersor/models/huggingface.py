@@ -1,0 +1,258 @@
+"""Opening a Hugging Face folder: the class its config names, its tokenizer, and what its outputs are.
+
+Weights are read from safetensors only and computed with in float32; missing or misshapen weights are errors, never
+silently drawn anew. Remote code stays off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.data import Data
+from tersor.errors import TersorError
+from tersor.models.divergence import Divergence, divergence_named
+from tersor.models.files import Checkpoint, open_checkpoint
+from tersor.models.model import Batch, Identity
+
+IGNORED = -100
+_HEADS = (
+    ("ForCausalLM", "causal-lm"),
+    ("LMHeadModel", "causal-lm"),
+    ("ForConditionalGeneration", "seq2seq"),
+    ("ForMaskedLM", "masked-lm"),
+    ("ForSequenceClassification", "classifier"),
+    ("ForTokenClassification", "token-classifier"),
+)
+_DEFAULT_DIVERGENCE = {"encoder": "cosine", "regressor": "mse"}
+
+
+class HuggingFaceModel:
+    """A transformers model read from `folder`; `head` says what its outputs are."""
+
+    def __init__(self, folder: Path, divergence: str | Divergence | None = None, device: str = "cpu") -> None:
+        self.folder = folder
+        self.checkpoint = open_checkpoint(folder)
+        self.module, self.head = _load(folder, self.checkpoint)
+        self.module.to(device).eval()
+        if divergence is None:
+            divergence = _DEFAULT_DIVERGENCE.get(self.head, "kl")
+        self.divergence = divergence_named(divergence) if isinstance(divergence, str) else divergence
+        self.identity = Identity(
+            "huggingface",
+            str(folder),
+            self.checkpoint.fingerprint,
+            self.checkpoint.file_bytes,
+            {"head": self.head, "pooling": _pooling(folder)},
+        )
+        self._tokenizer: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the folder; raises TersorError where there is none."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            except Exception as error:
+                raise TersorError(
+                    f"{self.folder} has no tokenizer that transformers can read, so text cannot be used."
+                ) from error
+        return self._tokenizer
+
+    def batches(self, data: Data, samples: int | None, sequence_length: int, batch_size: int) -> Sequence[Batch]:
+        """Batches as dictionaries of tensors: packed windows for language models, padded texts for the others."""
+        if data.batches is not None:
+            return [self._moved(b if isinstance(b, dict) else {"input_ids": torch.as_tensor(b)}) for b in data.batches]
+        if data.texts is None:
+            raise TersorError(f"{data.source} holds arrays, but this {self.head} model reads text.")
+        if self.head in ("causal-lm", "seq2seq"):
+            return self._windows(data.texts, data.source, samples or 128, sequence_length, batch_size)
+        return self._padded(data, samples or 512, sequence_length, batch_size)
+
+    def encode_texts(self, texts: list[str], sequence_length: int, batch_size: int) -> Sequence[Batch]:
+        """All texts as padded batches, in order."""
+        return self._padded(Data("texts", texts=texts), len(texts), sequence_length, batch_size)
+
+    def masks(self, batch: Batch) -> list[Tensor]:
+        return [v for k, v in batch.items() if k in ("attention_mask", "decoder_attention_mask")]
+
+    def outputs(self, batch: Batch) -> Tensor:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        result = self.module(**inputs)
+        if self.head == "encoder":
+            return self._pooled(result, batch)
+        logits = result.logits
+        if self.head in ("classifier", "regressor"):
+            return logits
+        mask = self._prediction_mask(batch)
+        return logits.flatten(0, 1) if mask is None else logits[mask]
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        if self.head == "causal-lm":
+            following = torch.full_like(batch["input_ids"], IGNORED)
+            following[:, :-1] = batch["input_ids"][:, 1:]
+            mask = batch.get("attention_mask")
+            if mask is None:
+                return following.flatten()
+            following[:, :-1][mask[:, 1:] == 0] = IGNORED
+            return following[mask.bool()]
+        if self.head == "seq2seq":
+            return batch["targets"].flatten() if "targets" in batch else None
+        return batch.get("labels")
+
+    def units(self, batch: Batch) -> Tensor:
+        if self.head in ("encoder", "classifier", "regressor"):
+            return torch.arange(len(batch["input_ids"]))
+        key = "decoder_input_ids" if self.head == "seq2seq" else "input_ids"
+        count, length = batch[key].shape
+        unit = torch.arange(count)[:, None].expand(count, length)
+        mask = self._prediction_mask(batch)
+        return unit.flatten() if mask is None else unit[mask.cpu()]
+
+    def _prediction_mask(self, batch: Batch) -> Tensor | None:
+        mask = batch.get("decoder_attention_mask" if self.head == "seq2seq" else "attention_mask")
+        return None if mask is None else mask.bool()
+
+    def _pooled(self, result: Any, batch: Batch) -> Tensor:
+        hidden = result.last_hidden_state
+        if self.identity.details["pooling"] == "cls":
+            return hidden[:, 0]
+        mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))[..., None].to(hidden)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def _windows(self, texts: list[str], source: str, samples: int, length: int, batch_size: int) -> list[Batch]:
+        """Texts joined, each opened by the tokenizer's first token, cut into windows without padding."""
+        limit = getattr(self.module.config, "max_position_embeddings", None) or length
+        length = min(length, limit)
+        first = self.tokenizer.bos_token_id
+        ids: list[int] = []
+        for text in texts:
+            ids += ([first] if first is not None else []) + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) >= samples * length:
+                break
+        if len(ids) < 2:
+            raise TersorError(f"{source} holds fewer than two tokens.")
+        length = min(length, len(ids))
+        count = min(samples, len(ids) // length)
+        windows = torch.tensor(ids[: count * length]).view(count, length)
+        parts = windows.split(batch_size)
+        if self.head == "causal-lm":
+            return [self._moved({"input_ids": part}) for part in parts]
+        return [self._moved(self._halved(part)) for part in parts]
+
+    def _halved(self, windows: Tensor) -> dict[str, Tensor]:
+        """For encoder-decoders: the first part of a window is read, the rest is predicted."""
+        cut = max(1, 2 * windows.shape[1] // 3)
+        start = self.module.config.decoder_start_token_id
+        target = windows[:, cut:] if cut < windows.shape[1] else windows[:, -1:]
+        shifted = torch.cat([torch.full_like(target[:, :1], 0 if start is None else start), target[:, :-1]], 1)
+        return {"input_ids": windows[:, :cut], "decoder_input_ids": shifted}
+
+    def _padded(self, data: Data, samples: int, length: int, batch_size: int) -> list[Batch]:
+        assert data.texts is not None
+        limit = getattr(self.module.config, "max_position_embeddings", None) or length
+        batches = []
+        for start in range(0, min(samples, len(data.texts)), batch_size):
+            stop = min(start + batch_size, samples)
+            encoded = self.tokenizer(
+                data.texts[start:stop],
+                padding=True,
+                truncation=True,
+                max_length=min(length, limit),
+                return_tensors="pt",
+            )
+            batch = dict(encoded)
+            if data.labels is not None and self.head in ("classifier", "regressor"):
+                batch["labels"] = torch.as_tensor(data.labels[start:stop])
+            batches.append(self._moved(batch))
+        return batches
+
+    def _moved(self, batch: dict[str, Any]) -> Batch:
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder; raises TersorError where it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise TersorError(f"{folder} has no config.json, so it is not a Hugging Face model folder.") from error
+    except ValueError as error:
+        raise TersorError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise TersorError(f"{path} must hold a JSON object.")
+    return config
+
+
+def model_class(config: dict[str, Any]) -> tuple[Any, str]:
+    """The transformers class that a config names, and the kind of its head."""
+    import transformers
+
+    architecture = (config.get("architectures") or ["?"])[0]
+    head = next((kind for suffix, kind in _HEADS if architecture.endswith(suffix)), "encoder")
+    if head == "classifier" and (config.get("problem_type") == "regression" or len(config.get("id2label", "xx")) == 1):
+        head = "regressor"
+    found = getattr(transformers, architecture, None)
+    if found is None:
+        if config.get("model_type") is None:
+            raise TersorError("config.json names neither an architecture nor a model_type that transformers knows.")
+        found, head = transformers.AutoModel, "encoder"
+    return found, head
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing load reports and progress bars of its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
+    config = read_config(folder)
+    cls, head = model_class(config)
+    with quiet_transformers():
+        try:
+            module, info = cls.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TersorError(f"{folder} could not be opened as {cls.__name__}: {reason}") from error
+    wrong = sorted(str(m) for m in info["mismatched_keys"])
+    if wrong:
+        raise TersorError(f"{folder}: the shape of {wrong[0]} does not fit config.json.")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise TersorError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} weights are missing).")
+    if hasattr(module.config, "_experts_implementation"):
+        module.config._experts_implementation = "eager"
+    return module, head
+
+
+def _pooling(folder: Path) -> str:
+    path = folder / "1_Pooling" / "config.json"
+    if path.exists() and json.loads(path.read_text()).get("pooling_mode_cls_token"):
+        return "cls"
+    return "mean"

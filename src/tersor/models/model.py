@@ -1,0 +1,53 @@
+"""What the steps need of a model: its module, how a batch becomes predictions, and what counts as damage.
+
+A prediction is a token for language models, an image or a text for classifiers and encoders. Nothing here knows of
+sites, forms or plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tersor.data import Data
+from tersor.models.divergence import Divergence
+
+Batch = Any
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a model came from, so that a run and an artifact can name it: `kind` is `huggingface` or `module`."""
+
+    kind: str
+    source: str
+    fingerprint: str
+    stored_bytes: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Model(Protocol):
+    """A model opened for compression. `outputs` is differentiable and holds real predictions only, no padding."""
+
+    module: nn.Module
+    divergence: Divergence
+    identity: Identity
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def batches(self, data: Data, samples: int | None, sequence_length: int, batch_size: int) -> Sequence[Batch]: ...
+
+    def masks(self, batch: Batch) -> list[Tensor]: ...
+
+    def outputs(self, batch: Batch) -> Tensor: ...
+
+    def labels(self, batch: Batch) -> Tensor | None: ...
+
+    def units(self, batch: Batch) -> Tensor:
+        """For every prediction the number of the independent sample (window, text, image) of the batch it is part of."""
+        ...

@@ -1,0 +1,244 @@
+"""One pass over the calibration data: watch what the model does with every weight, forwards and backwards.
+
+What a model does with a weight is seen at the call of the function that takes it (linear, embedding, convolution,
+matrix products), so tied weights, fused experts and layers with a forward of their own need no case of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tersor.models.model import Batch, Model
+from tersor.models.sites import Site
+from tersor.observe.summary import Summary
+
+LARGEST_MOMENT = 8192
+PAIR_SAMPLE = 128
+_LINEAR = {nn.functional.linear}
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
+_CONVOLUTIONS = {nn.functional.conv1d, nn.functional.conv2d, torch.conv1d, torch.conv2d}
+Key = tuple[str, int, str]  # site, index in its stack, "table" or "linear"
+
+
+class Collector(TorchFunctionMode):
+    """Gathers summaries of `sites` while active; `begin(batch)` says which positions are real.
+
+    `summaries[site, index, use]` grows by every call that uses a weight; gradients enter when `backward` is called.
+    """
+
+    def __init__(self, model: Model, sites: Iterable[Site], *, gradients: bool) -> None:
+        super().__init__()
+        self.summaries: dict[Key, Summary] = {}
+        self.rows_are_inputs: dict[Key, bool] = {}
+        self.gradients = gradients
+        self.predictions = 0
+        self._masks: list[Tensor] = []
+        self._of: dict[int, Site] = {id(site.parameter(model.module)): site for site in sites}
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def begin(self, masks: list[Tensor]) -> None:
+        """Start a batch whose real positions are those where a mask (batch, length) of its shape is not zero."""
+        self._masks = [m.bool() for m in masks]
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in _LINEAR or func is torch.nn.functional.embedding or func in _CONVOLUTIONS or func in _PRODUCTS:
+            x, weight = args[0], args[1] if len(args) > 1 else kwargs.get("weight")
+        elif func in (torch.addmm, Tensor.addmm):
+            x, weight = args[1], args[2]
+        else:
+            return output
+        found = self._find(weight)
+        if found is None:
+            return output
+        if self.gradients and not output.requires_grad:
+            output = output + self._anchor.to(output.device, output.dtype)
+        self._record(found, func, x, output, args, kwargs)
+        return output
+
+    def _find(self, weight: Any) -> tuple[Site, int | None, bool] | None:
+        """(site, index in the stack or None for all, turned) of a weight or of a view of one."""
+        if not isinstance(weight, Tensor):
+            return None
+        base = weight if id(weight) in self._of else weight._base
+        site = self._of.get(id(base))
+        if site is None or base is None:
+            return None
+        if weight is base:
+            return site, None if site.stack > 1 else 0, False
+        turned = weight.stride()[-2:] != base.stride()[-2:]
+        if site.stack == 1:
+            return (site, 0, turned) if weight.numel() == base.numel() else None
+        if weight.dim() == 3 and weight.shape[0] == site.stack:
+            return site, None, turned
+        if weight.dim() == 2 and weight.numel() == base[0].numel():
+            return site, weight.storage_offset() // base.stride(0), turned
+        return None
+
+    def _record(
+        self, found: tuple[Site, int | None, bool], func: Any, x: Tensor, output: Tensor, args: Any, kwargs: Any
+    ) -> None:
+        site, index, turned = found
+        if index is None:  # a batched product over the whole stack: (stack, n, in) -> (stack, n, out)
+            for k in range(site.stack):
+                self._record((site, k, turned), func, x[k], output[k], args, kwargs)
+            return
+        if func is nn.functional.embedding:
+            key, inputs, select = (site.name, index, "table"), x.detach(), self._mask(x.shape)
+            rows_are_inputs, outputs = True, site.shape[1]
+        elif func in _CONVOLUTIONS:
+            key, select = (site.name, index, "linear"), None
+            inputs, rows_are_inputs, outputs = x.detach(), False, site.shape[0]
+        else:
+            key, inputs, select = (site.name, index, "linear"), x.detach(), self._mask(x.shape[:-1])
+            is_linear = (func in _LINEAR) != turned  # the weight is (out, in)
+            rows_are_inputs = is_linear == (site.kind == "transposed")
+            outputs = site.shape[1] if rows_are_inputs else site.shape[0]
+        self.rows_are_inputs[key] = rows_are_inputs
+        size = site.shape[0] if rows_are_inputs else site.shape[1]
+        if key not in self.summaries:
+            self.summaries[key] = Summary.zeros(size, outputs, LARGEST_MOMENT, key[2] == "table")
+        summary = self.summaries[key]
+        unfold = _unfolder(func, args, kwargs, site)
+
+        def add_inputs() -> Tensor:
+            rows = _select(unfold(inputs), select)
+            _add_inputs(summary, rows)
+            return rows
+
+        if not self.gradients:
+            add_inputs()
+            return
+
+        def on_gradient(gradient: Tensor) -> None:
+            rows = add_inputs()
+            moved = gradient.flatten(2).transpose(1, 2) if func in _CONVOLUTIONS else gradient
+            _add_gradients(summary, rows, _select(moved, select))
+
+        output.register_hook(on_gradient)
+
+    def _mask(self, shape: torch.Size) -> Tensor | None:
+        """Which positions of inputs with these leading dimensions are real; None where all are."""
+        for mask in self._masks:
+            if shape[:2] == mask.shape[:2] and len(shape) == 2 or len(shape) == 1 and shape[0] == mask.numel():
+                return mask.reshape(shape)
+        return None
+
+
+def _select(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        return values[mask]
+    return values.reshape(-1, values.shape[-1]) if values.is_floating_point() else values.reshape(-1)
+
+
+def _unfolder(func: Any, args: Any, kwargs: Any, site: Site) -> Callable[[Tensor], Tensor]:
+    """How inputs become rows (..., in): as they are, or the patches that a convolution sees."""
+    if func not in _CONVOLUTIONS:
+        return lambda x: x
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    size = site.parameter_shape[2:]
+    groups, kernel = given.get("groups", 1), (1, *size)[-2:]
+    stride, dilation = (_pair(given.get(name, 1), 1, len(size)) for name in ("stride", "dilation"))
+    padding = given.get("padding", 0)
+    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+    sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+    margin = (0, 0) if isinstance(padding, str) else _pair(padding, 0, len(size))
+
+    def patches(x: Tensor) -> Tensor:
+        x = nn.functional.pad(x if x.dim() == 4 else x[:, :, None, :], sides)
+        unfolded = nn.functional.unfold(x, kernel, dilation, margin, stride).transpose(1, 2)
+        return unfolded if groups == 1 else unfolded.reshape(*unfolded.shape[:2], groups, -1).mean(2)
+
+    return patches
+
+
+def _pair(value: int | tuple[int, ...], missing: int, dimensions: int) -> tuple[int, int]:
+    """A convolution's argument for two dimensions; `missing` for the one that a 1-D convolution lacks."""
+    values = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    return (missing, *values)[-2:]  # type: ignore[return-value]
+
+
+def _add_inputs(summary: Summary, rows: Tensor) -> None:
+    summary.positions += rows.shape[0]
+    if not rows.is_floating_point():
+        counts = torch.bincount(rows.reshape(-1), minlength=summary.inputs.shape[0]).double().cpu()
+        summary.inputs += counts
+        summary.input_sum += counts
+        return
+    rows = rows.float()
+    summary.input_sum += rows.sum(0).double().cpu()
+    summary.inputs += _moment(rows, rows, summary.inputs.dim())
+
+
+def _add_gradients(summary: Summary, rows: Tensor, gradients: Tensor) -> None:
+    gradients = gradients.float()
+    strength = gradients.square().sum(1)
+    dim = summary.weighted_gradients.dim()
+    if not rows.is_floating_point():
+        weighted = torch.zeros(summary.inputs.shape[0], dtype=torch.float64, device=rows.device)
+        summary.weighted_inputs += weighted.index_add_(0, rows.reshape(-1), strength.double()).cpu()
+        summary.weighted_gradients += _moment(gradients, gradients, dim)
+        summary.mass += float(strength.sum(dtype=torch.float64))
+        return
+    rows = rows.float()
+    size = rows.square().sum(1)
+    summary.weighted_inputs += _moment(rows * strength[:, None], rows, summary.inputs.dim())
+    summary.weighted_gradients += _moment(gradients * size[:, None], gradients, dim)
+    summary.mass += float((strength * size).sum(dtype=torch.float64))
+    _add_captured(summary, rows[:: max(1, len(rows) // PAIR_SAMPLE)], gradients[:: max(1, len(rows) // PAIR_SAMPLE)])
+
+
+def _add_captured(summary: Summary, rows: Tensor, gradients: Tensor) -> None:
+    """Sums for `captured_share`: with K = A (x) G normalised, `<F, K>` and `|F|^2` over pairs of positions."""
+    if len(rows) < 2:
+        return
+    a = summary.weighted_inputs.float().to(rows.device)
+    g = summary.weighted_gradients.float().to(rows.device)
+    along_a = (rows * (rows * a if a.dim() == 1 else rows @ a)).sum(1)
+    along_g = (gradients * (gradients * g if g.dim() == 1 else gradients @ g)).sum(1)
+    share = 1 / (len(rows) * float(a.norm() * g.norm()) + 1e-300)
+    products = ((rows @ rows.T) * (gradients @ gradients.T)).square().double()
+    products.fill_diagonal_(0)
+    count = len(rows) * (len(rows) - 1)
+    summary.overlap += float((along_a.double() * along_g.double()).sum()) * share * count
+    summary.pair_energy += float(products.sum())
+    summary.pairs += count
+
+
+def _moment(left: Tensor, right: Tensor, dim: int) -> Tensor:
+    """`left^T right` in float64 on the CPU, or its diagonal."""
+    product = (left * right).sum(0) if dim == 1 else left.T @ right
+    return product.double().cpu()
+
+
+def collect(model: Model, sites: Iterable[Site], batches: Iterable[Batch], *, gradients: bool, seed: int) -> Collector:
+    """Run the model over `batches` and return the collector with its summaries; the model is left as it was."""
+    module = model.module
+    required = [(p, p.requires_grad) for p in module.parameters()]
+    training = module.training
+    module.eval()
+    module.requires_grad_(False)
+    collector = Collector(model, sites, gradients=gradients)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    try:
+        for batch in batches:
+            collector.begin(model.masks(batch))
+            with torch.set_grad_enabled(gradients), collector:
+                output = model.outputs(batch)
+            collector.predictions += output.shape[0]
+            if gradients:
+                model.divergence.probe(output, generator).backward()
+    finally:
+        module.train(training)
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+    for summary in collector.summaries.values():
+        summary.predictions = collector.predictions
+    return collector

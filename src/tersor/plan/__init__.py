@@ -1,0 +1,20 @@
+"""Budgets, the solver, plans."""
+
+from tersor.plan.budget import Limits, parse_bytes, parse_limits
+from tersor.plan.plan import UNTOUCHED, Choice, Plan, Planner
+from tersor.plan.solve import Option, Solution, front, hull, solve
+
+__all__ = [
+    "UNTOUCHED",
+    "Choice",
+    "Limits",
+    "Option",
+    "Plan",
+    "Planner",
+    "Solution",
+    "front",
+    "hull",
+    "parse_bytes",
+    "parse_limits",
+    "solve",
+]

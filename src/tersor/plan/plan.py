@@ -1,0 +1,193 @@
+"""A plan: one candidate a site, with what it is predicted to cost and to damage.
+
+Menus come from the curves in the run, with the gain of the site as a factor; leaving a site as it is is always an option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tersor.errors import TersorError, UnreachableBudget
+from tersor.forms import Candidate, Operator, as_values, form_named
+from tersor.models.sites import Site
+from tersor.plan.budget import Limits
+from tersor.plan.solve import Menu, Option, Solution, front, solve
+from tersor.run import Run
+
+UNTOUCHED = "untouched"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan does at a site; form `untouched` leaves it. Bytes are those of its tensors in the file."""
+
+    site: str
+    form: str
+    setting: dict[str, Any]
+    label: str
+    stored: int
+    resident: int
+    flops: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices in the order of the sites; `stored` is the whole file to the byte, `divergence` the predicted sum."""
+
+    name: str
+    choices: tuple[Choice, ...]
+    stored: int
+    resident: int
+    flops: int
+    divergence: float
+    gap: float = 0.0
+    limits: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Plan:
+        return cls(**{**value, "choices": tuple(Choice(**c) for c in value["choices"])})
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Menus of all sites of a run, ready for any budget. `fixed` are the bytes of a file before any site's tensors."""
+
+    sites: tuple[Site, ...]
+    candidates: tuple[tuple[Candidate, ...], ...]
+    menus: tuple[Menu, ...]
+    fixed_bytes: int
+    size_of: Any
+
+    @classmethod
+    def of(cls, run: Run, sites: Sequence[Site], size_of: Any, forms: Sequence[str] | None = None) -> Planner:
+        """`size_of(choices)` is the exact size of the file of some choices; `forms` restricts the menus."""
+        all_candidates, menus = [], []
+        for site in sites:
+            known = [c for c in run.candidates(site.name) if forms is None or c.form in forms]
+            gain = run.get(f"gain/{site.name}", {"gain": 1.0})["gain"]
+            scaled = tuple(replace(c, divergence=c.divergence * gain) for c in known)
+            all_candidates.append(scaled)
+            menus.append(_menu(site, scaled))
+        bare = size_of(()) - sum(site.nbytes + _entry_bytes(site, None) for site in sites)
+        return cls(tuple(sites), tuple(all_candidates), tuple(menus), max(bare, 0), size_of)
+
+    def front(self) -> list[tuple[int, float]]:
+        """(bytes of the file, predicted divergence) of every plan worth having, smallest first."""
+        return [(self.fixed_bytes + int(s.total("stored")), s.total("divergence")) for s in front(self.menus)]
+
+    def plan(self, limits: Limits, name: str = "plan") -> Plan:
+        """The plan of least predicted divergence within the limits; the smallest one under a limit of divergence.
+
+        Raises UnreachableBudget, naming the smallest reachable size.
+        """
+        sums: dict[str, float] = {}
+        if limits.stored is not None:
+            sums["stored"] = limits.stored - self.fixed_bytes
+        if limits.bits is not None:
+            of_weights = limits.bits * sum(s.parameters for s in self.sites) / 8
+            sums["stored"] = min(sums.get("stored", float("inf")), of_weights)
+        if limits.resident is not None:
+            sums["resident"] = limits.resident - self.fixed_bytes
+        if limits.flops is not None:
+            sums["flops"] = limits.flops
+        if limits.divergence is not None:
+            sums["divergence"] = limits.divergence
+        self._check_reachable(limits, sums)
+        minimise = "stored" if limits.divergence is not None else "divergence"
+        solution = solve(self.menus, sums, minimise=minimise)
+        plan = self.plan_of(solution, name)
+        return replace(plan, limits={k: v for k, v in asdict(limits).items() if v is not None})
+
+    def _check_reachable(self, limits: Limits, sums: dict[str, float]) -> None:
+        for what in ("stored", "resident"):
+            if what in sums:
+                least = sum(min(getattr(o, what) for o in menu) for menu in self.menus)
+                if least > sums[what]:
+                    whole = least + self.fixed_bytes
+                    bits = 8 * least / sum(s.parameters for s in self.sites)
+                    raise UnreachableBudget(
+                        f"The budget is out of reach: the smallest plan takes {whole:,} {what} bytes ({bits:.2f} bits a weight)."
+                    )
+
+    def plan_of(self, solution: Solution, name: str) -> Plan:
+        """A solution with the names of its candidates and the exact size of its file."""
+        choices = []
+        for site, known, option in zip(self.sites, self.candidates, solution.chosen, strict=True):
+            choices.append(_choice(site, known[option.key] if option.key is not None else None))
+        return self.plan_from(choices, name, solution.gap)
+
+    def plan_from(self, choices: Sequence[Choice], name: str, gap: float = 0.0) -> Plan:
+        """A plan of given choices."""
+        stored = self.size_of([c for c in choices if c.form != UNTOUCHED])
+        extra = stored - sum(c.stored for c in choices)
+        return Plan(
+            name,
+            tuple(choices),
+            stored,
+            extra + sum(c.resident for c in choices),
+            sum(c.flops for c in choices),
+            sum(c.divergence for c in choices),
+            gap,
+        )
+
+    def uniform(self, form: str, settings: Sequence[dict[str, Any]], name: str) -> Plan:
+        """The same setting everywhere: the first of `settings` that was drawn at the site, else the site is untouched."""
+        wanted = [form_named(form).setting(values) for values in settings]
+        choices = []
+        for site, known in zip(self.sites, self.candidates, strict=True):
+            by_setting = {c.setting: c for c in known if c.form == form}
+            unused = [c for c in known if c.setting not in wanted and len(known) == 1]
+            found = next((by_setting[w] for w in wanted if w in by_setting), unused[0] if unused else None)
+            choices.append(_choice(site, found))
+        return self.plan_from(choices, name)
+
+
+def _choice(site: Site, candidate: Candidate | None) -> Choice:
+    if candidate is None:
+        flops = 2 * site.shape[0] * site.shape[1]
+        return Choice(site.name, UNTOUCHED, {}, UNTOUCHED, site.nbytes, site.nbytes, flops, 0.0)
+    cost = candidate.cost
+    return Choice(
+        site.name,
+        candidate.form,
+        as_values(candidate.setting),
+        candidate.setting.label,
+        cost.stored,
+        cost.resident,
+        cost.flops,
+        candidate.divergence,
+    )
+
+
+def _menu(site: Site, candidates: Sequence[Candidate]) -> list[Option]:
+    dense = site.nbytes + _entry_bytes(site, None)
+    options = [Option(None, dense, dense, 2 * site.shape[0] * site.shape[1], 0.0)]
+    for number, c in enumerate(candidates):
+        extra = _entry_bytes(site, c)
+        options.append(Option(number, c.cost.stored + extra, c.cost.resident + extra, c.cost.flops, c.divergence))
+    return options
+
+
+def _entry_bytes(site: Site, candidate: Candidate | None) -> int:
+    """At most what the entries of a choice take in the header of a safetensors file."""
+    if candidate is None:
+        names = [(site.parameter_name, site.parameter_shape)]
+    else:
+        with torch.device("meta"):
+            operator: Operator = form_named(candidate.form).empty(site.shape, candidate.setting)
+        prefix = f"{site.parameter_name}.operators."
+        names = [
+            (f"{prefix}{k}.{n}", tuple(b.shape)) for k in range(site.stack) for n, b in operator.state_dict().items()
+        ]
+    return sum(len(name) + len(str(list(shape))) + 70 for name, shape in names)
+
+
+__all__ = ["UNTOUCHED", "Choice", "Plan", "Planner"]

@@ -1,0 +1,143 @@
+"""Choosing one candidate a site: the whole front by a Lagrangian sweep, one budget exactly by integer programming.
+
+The planner knows no tensors: a menu is a list of options with their costs and a divergence. Damages of sites add, which
+the ledger checks afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from tersor.errors import TersorError, UnreachableBudget
+
+RESOURCES = ("stored", "resident", "flops")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one choice at one site costs and damages; `key` says which candidate it is, None for leaving it as it is."""
+
+    key: int | None
+    stored: int
+    resident: int
+    flops: int
+    divergence: float
+
+
+Menu = Sequence[Option]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One option a menu, and by how much at most a better choice could lie below it, as a share (0 is proved best)."""
+
+    chosen: tuple[Option, ...]
+    gap: float
+
+    def total(self, what: str) -> float:
+        return float(sum(getattr(option, what) for option in self.chosen))
+
+
+def hull(menu: Menu, resource: str = "stored") -> list[Option]:
+    """The lower convex hull of a menu from its cheapest option on: falling divergence, at ever flatter slopes."""
+    best: list[Option] = []
+    for option in sorted(menu, key=lambda o: (getattr(o, resource), o.divergence)):
+        if best and option.divergence >= best[-1].divergence:
+            continue
+        while len(best) >= 2 and _slope(best[-2], option, resource) <= _slope(best[-2], best[-1], resource):
+            best.pop()
+        best.append(option)
+    return best
+
+
+def front(menus: Sequence[Menu], resource: str = "stored") -> list[Solution]:
+    """Every plan on the lower convex hull of all plans, from the smallest to the least damaged.
+
+    Each is optimal for its own size: the sites' hulls are walked together, steepest step first.
+    """
+    hulls = [hull(menu, resource) for menu in menus]
+    steps = [
+        (_slope(a, b, resource), site, number)
+        for site, options in enumerate(hulls)
+        for number, (a, b) in enumerate(zip(options, options[1:], strict=False), 1)
+    ]
+    at = [0] * len(menus)
+    solutions = [Solution(tuple(h[0] for h in hulls), 0.0)]
+    for _, site, number in sorted(steps):
+        at[site] = number
+        solutions.append(Solution(tuple(h[i] for h, i in zip(hulls, at, strict=True)), 0.0))
+    return solutions
+
+
+def solve(
+    menus: Sequence[Menu],
+    limits: dict[str, float],
+    *,
+    minimise: str = "divergence",
+    seconds: float = 20.0,
+) -> Solution:
+    """The best choice under `limits` on the sums of `stored`, `resident`, `flops` or `divergence`, by HiGHS.
+
+    Raises UnreachableBudget, naming the smallest reachable sum, where no choice fits.
+    """
+    for name, limit in limits.items():
+        least = sum(min(getattr(o, name) for o in menu) for menu in menus)
+        if least > limit:
+            raise UnreachableBudget(
+                f"The budget is out of reach: {name} can be {_shown(least)} at the least, not {_shown(limit)}."
+            )
+    menus = [_undominated(menu, {*limits, minimise}) for menu in menus]
+    options = [option for menu in menus for option in menu]
+    owner = np.repeat(np.arange(len(menus)), [len(menu) for menu in menus])
+    columns = np.arange(len(options))
+    one_each = csr_matrix((np.ones(len(options)), (owner, columns)), shape=(len(menus), len(options)))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for name, limit in limits.items():
+        scale = max(abs(limit), 1e-12)
+        constraints.append(
+            LinearConstraint(np.array([[getattr(o, name) for o in options]]) / scale, -np.inf, limit / scale)
+        )
+    cost = np.array([getattr(o, minimise) for o in options], dtype=float)
+    scale = _cost_scale(menus, minimise)
+    found = milp(
+        cost / scale,
+        constraints=constraints,
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+    )
+    if found.x is None:
+        if len(limits) > 1 and found.status == 2:
+            raise UnreachableBudget("No plan meets all the limits at once; loosen one of them.")
+        raise TersorError(f"The solver found no plan: {found.message}")
+    picked = [options[i] for i in columns[found.x > 0.5]]
+    return Solution(tuple(picked), max(0.0, float(found.mip_gap or 0.0)))
+
+
+def _cost_scale(menus: Sequence[Menu], minimise: str) -> float:
+    """The sum of the medians, so that the objective is of the order of one."""
+    return max(sum(float(np.median([getattr(o, minimise) for o in menu])) for menu in menus), 1e-12)
+
+
+def _undominated(menu: Menu, names: set[str]) -> list[Option]:
+    """The options that no other beats in all of `names`."""
+    order = sorted(names)
+    kept: list[Option] = []
+    for option in sorted(menu, key=lambda o: tuple(getattr(o, n) for n in order)):
+        if not any(all(getattr(k, n) <= getattr(option, n) for n in order) for k in kept):
+            kept.append(option)
+    return kept
+
+
+def _slope(a: Option, b: Option, resource: str) -> float:
+    width = getattr(b, resource) - getattr(a, resource)
+    return (b.divergence - a.divergence) / width if width > 0 else -np.inf
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.4g}"

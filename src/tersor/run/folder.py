@@ -1,0 +1,164 @@
+"""The run folder: `run.db` (SQLite) with what was found, and safetensors files with what was measured in bulk.
+
+Every step looks here first and does nothing where its result stands already. A folder belongs to one model, one
+calibration set and one set of options, named by a hash; another model is refused in a sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tersor.errors import TersorError
+from tersor.forms import Candidate, Cost, as_values, form_named
+from tersor.models.files import write_safetensors
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS candidates (
+    site TEXT, form TEXT, setting TEXT, stored INTEGER, resident INTEGER, flops INTEGER, predicted REAL,
+    PRIMARY KEY (site, form, setting));
+CREATE TABLE IF NOT EXISTS drawn (site TEXT, form TEXT, seconds REAL, PRIMARY KEY (site, form));
+CREATE TABLE IF NOT EXISTS plans (name TEXT PRIMARY KEY, value TEXT NOT NULL, made REAL);
+CREATE TABLE IF NOT EXISTS ledger (plan TEXT, site TEXT, predicted REAL, measured REAL, low REAL, high REAL,
+    PRIMARY KEY (plan, site));
+"""
+
+
+class Run:
+    """An open run folder. Facts are JSON values by name; tensors are safetensors files by name."""
+
+    def __init__(self, folder: Path, *, create: bool = False) -> None:
+        self.folder = folder
+        if not create and not (folder / "run.db").exists():
+            raise TersorError(f"{folder} is no run folder: it has no run.db. `tersor study` makes one.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(folder / "run.db", timeout=30)
+            self._db.executescript(_SCHEMA)
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise TersorError(f"{folder / 'run.db'} cannot be opened as a run: {error}.") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return default if row is None else json.loads(row[0])
+
+    def put(self, name: str, value: Any) -> None:
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+
+    def _write(self) -> sqlite3.Connection:
+        return self._db
+
+    def belongs_to(self, facts: dict[str, Any]) -> None:
+        """Claim the folder for these facts, or raise TersorError naming the first that differs."""
+        for name, value in facts.items():
+            known = self.get(name)
+            if known is None:
+                self.put(name, value)
+            elif known != json.loads(json.dumps(value)):
+                raise TersorError(
+                    f"The run folder {self.folder} was made for another {name.replace('_', ' ')} ({known}, not {value}); "
+                    "choose another folder or remove it."
+                )
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors stored under `name`; raises TersorError where the file is damaged."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise TersorError(f"{path} is missing or damaged; remove the run folder and study again.") from error
+
+    def has_tensors(self, name: str) -> bool:
+        path = self.folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt"):
+                return True
+        except Exception:
+            return False
+
+    def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        path = self.folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path, tensors)
+
+    def add_candidates(self, site: str, form: str, candidates: Iterable[Candidate], seconds: float) -> None:
+        """Store the whole curve of one form at one site, at once."""
+        rows = [
+            (site, c.form, setting_key(c), c.cost.stored, c.cost.resident, c.cost.flops, c.divergence)
+            for c in candidates
+        ]
+        with self._write() as db:
+            db.executemany("INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            db.execute("INSERT OR REPLACE INTO drawn VALUES (?, ?, ?)", (site, form, seconds))
+
+    def is_drawn(self, site: str, form: str) -> bool:
+        return self._db.execute("SELECT 1 FROM drawn WHERE site = ? AND form = ?", (site, form)).fetchone() is not None
+
+    def candidates(self, site: str) -> Iterator[Candidate]:
+        """All candidates of a site, smallest first."""
+        query = "SELECT form, setting, stored, resident, flops, predicted FROM candidates WHERE site = ? ORDER BY stored, predicted"
+        for form, setting, stored, resident, flops, predicted in self._db.execute(query, (site,)).fetchall():
+            values = form_named(form).setting(json.loads(setting))
+            yield Candidate(form, values, Cost(stored, resident, flops), predicted)
+
+    def put_plan(self, name: str, value: dict[str, Any]) -> None:
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?, ?)", (name, json.dumps(value), time.time()))
+
+    def plan(self, name: str) -> dict[str, Any] | None:
+        row = self._db.execute("SELECT value FROM plans WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def plans(self) -> list[str]:
+        return [row[0] for row in self._db.execute("SELECT name FROM plans ORDER BY made")]
+
+    def enter(self, plan: str, site: str, predicted: float, measured: tuple[float, float, float]) -> None:
+        """One line of the ledger; the site `*` is the whole model."""
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?, ?, ?)", (plan, site, predicted, *measured))
+
+    def ledger(self) -> list[tuple[str, str, float, float, float, float]]:
+        return self._db.execute("SELECT plan, site, predicted, measured, low, high FROM ledger").fetchall()
+
+
+def setting_key(candidate: Candidate) -> str:
+    """A setting as canonical JSON."""
+    return json.dumps(as_values(candidate.setting), sort_keys=True)
+
+
+def fingerprint_of(batches: Iterable[Any]) -> str:
+    """A hash of the tensors in batches, however they are nested."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous()
+            digest.update(f"{tuple(flat.shape)}{flat.dtype}".encode())
+            digest.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        elif isinstance(value, dict):
+            for key in sorted(value):
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        elif hasattr(value, "inputs"):
+            add(value.inputs)
+
+    for batch in batches:
+        add(batch)
+    return digest.hexdigest()[:16]
