@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from tersor.build.layers import install, layer_for
+from tersor.build.layers import install
+from tersor.build.layout import Layout, distinct_state
 from tersor.errors import TersorError
-from tersor.forms import Operator, form_named
-from tersor.models.files import Checkpoint, file_bytes, open_checkpoint, write_safetensors, write_text
+from tersor.forms import form_named
+from tersor.models.files import Checkpoint, open_checkpoint, write_safetensors, write_text
 from tersor.models.sites import Site, walk
 from tersor.plan import Choice
 
@@ -28,38 +29,11 @@ VERSION = 1
 WEIGHTS = "model.safetensors"
 
 
-def operator_names(
-    module: nn.Module, site: Site, operators: Sequence[Operator]
-) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of the tensors that `install` will make of these operators."""
-    owner = module.get_submodule(site.places[0][0])
-    replaced = site.stack == 1 and layer_for(owner, operators[0], False, site.dtype) is not None
-    out = []
-    for k, operator in enumerate(operators):
-        prefix = f"{site.places[0][0]}.operator" if replaced else f"{site.parameter_name}.operators.{k}"
-        out += [(f"{prefix}.{n}".removeprefix("."), tuple(b.shape), b.dtype) for n, b in operator.state_dict().items()]
-    return out
-
-
 def planned_bytes(
     module: nn.Module, sites: Iterable[Site], choices: Iterable[Choice], dtype_of: Mapping[str, torch.dtype]
 ) -> int:
     """The size of `model.safetensors` with these choices built and everything else as it is, to the byte."""
-    chosen = {choice.site: choice for choice in choices}
-    specs, replaced = [], set()
-    for site in sites:
-        choice = chosen.get(site.name)
-        if choice is None:
-            continue
-        replaced |= {f"{m}.{p}".removeprefix(".") for m, p in site.places}
-        form = form_named(choice.form)
-        with torch.device("meta"):
-            operators = [form.empty(site.shape, form.setting(choice.setting)) for _ in range(site.stack)]
-        specs += operator_names(module, site, operators)
-    for name, tensor in distinct_state(module).items():
-        if name not in replaced:
-            specs.append((name, tuple(tensor.shape), dtype_of.get(name, tensor.dtype)))
-    return file_bytes(specs)
+    return Layout.of(module, sites, dtype_of).file_bytes(list(choices))
 
 
 def stored_dtypes(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str, torch.dtype]:
@@ -73,17 +47,6 @@ def stored_dtypes(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str,
         name: checkpoint.dtype_of(name, usual if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in state.items()
     }
-
-
-def distinct_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module with every tied tensor once, under its first name."""
-    seen: set[int] = set()
-    out: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            out[name] = tensor.detach()
-    return out
 
 
 def write_artifact(

@@ -1,0 +1,117 @@
+"""The layout of a model's weights file: which tensors it holds, and which of them the operators of a plan replace.
+
+It is made of names, shapes and dtypes alone and goes into the run as JSON, so every plan's file is known to the byte
+without opening the model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.build.layers import layer_for
+from tersor.forms import Operator, form_named
+from tersor.models.files import DTYPES, file_bytes
+from tersor.models.sites import Site
+from tersor.plan import Choice
+
+Entry = tuple[str, tuple[int, ...], torch.dtype]
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sites, the name of the operators of each in the file (`{}`: number in the stack), all tensors as they are."""
+
+    sites: tuple[Site, ...]
+    prefixes: tuple[str, ...]
+    tensors: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, sites: Iterable[Site], dtype_of: Mapping[str, torch.dtype]) -> Layout:
+        """The layout of `module` stored in the dtypes of `dtype_of`."""
+        sites = tuple(sites)
+        tensors = tuple((n, tuple(t.shape), dtype_of.get(n, t.dtype)) for n, t in distinct_state(module).items())
+        return cls(sites, tuple(_prefix(module, site) for site in sites), tensors)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the sites of the original for one position."""
+        return sum(2 * s.shape[0] * s.shape[1] for s in self.sites)
+
+    def file_bytes(self, choices: Sequence[Choice]) -> int:
+        """The size of the weights file with these choices built and everything else as it is, to the byte."""
+        chosen = {choice.site: choice for choice in choices}
+        specs: list[Entry] = []
+        replaced: set[str] = set()
+        for site, prefix in zip(self.sites, self.prefixes, strict=True):
+            choice = chosen.get(site.name)
+            if choice is None:
+                continue
+            replaced |= {f"{m}.{p}".removeprefix(".") for m, p in site.places}
+            form = form_named(choice.form)
+            with torch.device("meta"):
+                state = form.empty(site.shape, form.setting(choice.setting)).state_dict()
+            for k in range(site.stack):
+                specs += [(f"{prefix.format(k)}.{n}", tuple(b.shape), b.dtype) for n, b in state.items()]
+        return file_bytes(specs + [entry for entry in self.tensors if entry[0] not in replaced])
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "sites": [
+                {
+                    "name": s.name,
+                    "kind": s.kind,
+                    "places": s.places,
+                    "parameter_shape": s.parameter_shape,
+                    "dtype": DTYPES[s.dtype],
+                    "stack": s.stack,
+                    "shape": s.shape,
+                }
+                for s in self.sites
+            ],
+            "prefixes": self.prefixes,
+            "tensors": [(name, shape, DTYPES[dtype]) for name, shape, dtype in self.tensors],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        """The inverse of `as_json`."""
+        sites = tuple(
+            Site(
+                s["name"],
+                s["kind"],
+                tuple((m, p) for m, p in s["places"]),
+                tuple(s["parameter_shape"]),
+                _BY_NAME[s["dtype"]],
+                s["stack"],
+                (s["shape"][0], s["shape"][1]),
+            )
+            for s in value["sites"]
+        )
+        tensors = tuple((name, tuple(shape), _BY_NAME[dtype]) for name, shape, dtype in value["tensors"])
+        return cls(sites, tuple(value["prefixes"]), tensors)
+
+
+def _prefix(module: nn.Module, site: Site) -> str:
+    """The name under which `install` puts the operators of a site: in a layer of ours, or in a stand-in."""
+    place = site.places[0][0]
+    operator = Operator(site.shape, None)  # type: ignore[arg-type]
+    replaced = site.stack == 1 and layer_for(module.get_submodule(place), operator, False, site.dtype) is not None
+    name = f"{place}.operator" if replaced else f"{site.parameter_name}.operators.{{}}"
+    return name.removeprefix(".")
+
+
+def distinct_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module with every tied tensor once, under its first name."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            out[name] = tensor.detach()
+    return out
