@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Data:
         return 0
 
 
-def read_data(source: str | Path | Data | list[Any], column: str | None = None) -> Data:
+def read_data(source: str | Path | Data | Sequence[Any], column: str | None = None) -> Data:
     """Read `source`; raises TersorError, naming the file, where it is missing, empty or of an unknown kind."""
     if isinstance(source, Data):
         return source

@@ -5,7 +5,7 @@ The judge knows no form: it sees two models with the same inputs, the sizes of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from tersor.models.compare import mean_by_unit
 from tersor.models.model import Batch, Model
 
 Pairs = tuple[list[str], list[str], np.ndarray]
+Progress = Callable[[str, int, int], Any]
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,16 @@ def judge(
     pairs: Pairs | None = None,
     sequence_length: int = 256,
     timing_batch: Batch | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Judgement:
     """Compare two models that take the same batches. `pairs` are texts with a score, for encoders."""
+    before, after = [], []
     with torch.no_grad(), decoded(new.module):
-        before = [original.outputs(batch).float().cpu() for batch in batches]
-        after = [new.outputs(batch).float().cpu() for batch in batches]
+        for number, batch in enumerate(batches):
+            progress("held-out data", number, len(batches))
+            before.append(original.outputs(batch).float().cpu())
+            after.append(new.outputs(batch).float().cpu())
+    progress("scores, latency and memory", 0, 0)
     units = [original.units(batch) for batch in batches]
     values = np.concatenate(
         [
@@ -79,6 +85,10 @@ def judge(
     if pairs is not None:
         scores.append(_pairs(original, new, pairs, sequence_length))
     timed = batches[0] if timing_batch is None else timing_batch
+    sizes = [
+        Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, timed), m.module, m.device), flops[k])
+        for k, m in enumerate((original, new))
+    ]
     return Judgement(
         original.divergence.name,
         original.divergence.unit,
@@ -87,10 +97,8 @@ def judge(
         len(values),
         sum(len(u) for u in units),
         tuple(scores),
-        *(
-            Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, timed), m.module, m.device), flops[k])
-            for k, m in enumerate((original, new))
-        ),
+        sizes[0],
+        sizes[1],
         latency(original, new, timed),
     )
 

@@ -1,0 +1,144 @@
+"""Judging an artifact: the built model on disk against its original, and each of its sites alone.
+
+What is measured is written beside the artifact and, where a run is given, into its ledger.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.build.artifact import WEIGHTS, read_record, update_record
+from tersor.build.layers import ApproximateLayer, StandIn
+from tersor.build.load import load
+from tersor.data import Data, read_data, read_pairs
+from tersor.errors import TersorError
+from tersor.forms import Operator
+from tersor.judge.intervals import Estimate, mean_estimate
+from tersor.judge.judge import Judgement, judge
+from tersor.models import Model, Site, walk
+from tersor.models.compare import Reference, substituted
+from tersor.plan import UNTOUCHED, Plan
+from tersor.run import Run
+
+Progress = Callable[[str, str, int, int], Any]
+Source = str | Path | Data | Sequence[Any]
+
+
+def judge_artifact(
+    original: Model,
+    out: str | Path,
+    data: Source,
+    *,
+    samples: int | None = None,
+    sequence_length: int = 256,
+    batch_size: int = 16,
+    pairs: str | Path | None = None,
+    run: Run | None = None,
+    progress: Progress = lambda *_: None,
+) -> Judgement:
+    """Measure an artifact against the original on held-out data; writes the result beside it, and into the ledger."""
+    out = Path(out)
+    plan = _plan_of(original, out)
+    read = None if pairs is None else read_pairs(pairs)
+    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size))
+    new = adopt(original, out)
+    known = walk(original.module).sites
+    chosen = {c.site for c in plan.choices}
+    dense_flops = sum(2 * s.shape[0] * s.shape[1] for s in known)
+    untouched = sum(2 * s.shape[0] * s.shape[1] for s in known if s.name not in chosen)
+    found = judge(
+        original,
+        new,
+        batches,
+        stored=(original.identity.stored_bytes, (out / WEIGHTS).stat().st_size),
+        flops=(dense_flops, untouched + plan.flops),
+        predicted=plan.divergence,
+        pairs=read,
+        sequence_length=sequence_length,
+        progress=lambda what, done, total: progress("judge", what, done, total),
+    )
+    if run is not None:
+        _check_run(run, original)
+        d = found.divergence
+        run.enter(plan.name, "*", plan.divergence, (d.value, d.low, d.high))
+        run.put(f"judgement/{plan.name}", found.as_json())
+    update_record(out, {"judgement": found.as_json()})
+    return found
+
+
+def judge_sites(
+    original: Model,
+    out: str | Path,
+    data: Source,
+    *,
+    samples: int | None = None,
+    sequence_length: int = 256,
+    batch_size: int = 16,
+    run: Run | None = None,
+    progress: Progress = lambda *_: None,
+) -> dict[str, tuple[float, Estimate]]:
+    """The divergence of every site alone, all others as they were: predicted and measured, by site.
+
+    The weights are those of the artifact itself. Writes the result beside it, and into the ledger of `run`.
+    """
+    out = Path(out)
+    plan = _plan_of(original, out)
+    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size))
+    built = adopt(original, out).module
+    sites = {site.name: site for site in walk(original.module).sites}
+    choices = [c for c in plan.choices if c.form != UNTOUCHED]
+    progress("judge sites", "the original", 0, len(choices))
+    reference = Reference(original, batches)
+    found = {}
+    for number, choice in enumerate(choices):
+        progress("judge sites", choice.site, number, len(choices))
+        site = sites[choice.site]
+        matrices = torch.stack([op.dense() for op in _operators_at(built, site)])
+        with substituted(original, site, matrices):
+            found[choice.site] = choice.divergence, mean_estimate(reference.divergences())
+    if run is not None:
+        _check_run(run, original)
+        for name, (predicted, measured) in found.items():
+            run.enter(plan.name, name, predicted, (measured.value, measured.low, measured.high))
+    ledger = {name: [p, m.value, m.low, m.high] for name, (p, m) in found.items()}
+    update_record(out, {"ledger": ledger})
+    return found
+
+
+def adopt(original: Model, out: Path) -> Model:
+    """The artifact `out` as a model that takes the batches of `original`."""
+    new = copy.copy(original)
+    record = read_record(out)
+    if record["model"]["kind"] == "huggingface":
+        new.module = load(out, device=str(original.device), dtype=torch.float32)
+    else:
+        new.module = load(out, copy.deepcopy(original.module), device=str(original.device))
+    return new
+
+
+def _plan_of(original: Model, out: Path) -> Plan:
+    record = read_record(out)
+    if record["model"]["fingerprint"] != original.identity.fingerprint:
+        raise TersorError(f"{out} was made from another model than {original.identity.source}.")
+    return Plan.from_json(record["plan"])
+
+
+def _check_run(run: Run, original: Model) -> None:
+    if run.get("model") != original.identity.fingerprint:
+        raise TersorError(f"The run folder {run.folder} is that of another model than {original.identity.source}.")
+
+
+def _operators_at(module: Any, site: Site) -> list[Operator]:
+    """The operators that stand at a site of a built module, one a matrix of its stack."""
+    place, parameter = site.places[0]
+    owner = module.get_submodule(place)
+    if isinstance(owner, ApproximateLayer):
+        return [owner.weight_operator()]
+    stand_in = getattr(owner, parameter)
+    assert isinstance(stand_in, StandIn)
+    return list(stand_in.operators)  # type: ignore[arg-type]
