@@ -7,7 +7,7 @@ one probe a site is measured, and its ratio to its prediction is the gain of the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
 from tersor.engine import map_units
-from tersor.forms import FORMS, Candidate, Cost, Form, IntForm, IntSetting, Operator, cost_of, form_named
+from tersor.forms import FORMS, Candidate, Cost, Form, IntForm, IntSetting, Operator, Shape, cost_of, form_named
 from tersor.metrics import Metric, Side
 from tersor.models.compare import Reference, substituted
 from tersor.models.model import Model
@@ -29,6 +29,7 @@ DAMPING_SITES = 6
 PROBE = IntSetting(4, 64)
 UNUSED = IntSetting(4, 64, rounding="nearest")
 Report = Callable[[str], Any]
+Ladders = Mapping[str, Sequence[Mapping[str, Any]]]  # by the name of a form, settings as plain values
 
 
 def site_metrics(run: Run, site: Site, kind: str | None = None) -> list[Metric]:
@@ -71,16 +72,24 @@ def settle_damping(run: Run, model: Model, sites: Sequence[Site], kind: str) -> 
 
 
 def draw_all(
-    run: Run, model: Model, sites: Sequence[Site], forms: Sequence[str], workers: int | None = None
+    run: Run,
+    model: Model,
+    sites: Sequence[Site],
+    forms: Sequence[str],
+    workers: int | None = None,
+    settings: Ladders | None = None,
 ) -> Iterator[str]:
-    """Draw the curves that are not in the run yet, a unit a site; yields the name of every site when it is stored."""
+    """Draw the curves that are not in the run yet, a unit a site; yields the name of every site when it is stored.
+
+    `settings` replaces the ladder of a form, by its name, with settings given as plain values.
+    """
     by_name = {site.name: site for site in sites}
 
     def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
         for site in sorted(sites, key=lambda s: -s.parameters):
             missing = [name for name in forms if not run.is_drawn(site.name, name)]
             if missing:
-                yield site.name, partial(_arguments, run, model, site, missing)
+                yield site.name, partial(_arguments, run, model, site, missing, settings)
 
     for name, curves in map_units(draw_unit, units(), workers):
         for form, (curve, seconds) in curves.items():
@@ -88,11 +97,13 @@ def draw_all(
         yield name
 
 
-def _arguments(run: Run, model: Model, site: Site, missing: list[str]) -> tuple[Any, ...]:
-    return site.matrices(model.module).cpu(), site_metrics(run, site), missing
+def _arguments(run: Run, model: Model, site: Site, missing: list[str], settings: Ladders | None) -> tuple[Any, ...]:
+    return site.matrices(model.module).cpu(), site_metrics(run, site), missing, settings
 
 
-def draw_unit(weights: Tensor, metrics: list[Metric], forms: list[str]) -> dict[str, tuple[list[Candidate], float]]:
+def draw_unit(
+    weights: Tensor, metrics: list[Metric], forms: list[str], settings: Ladders | None = None
+) -> dict[str, tuple[list[Candidate], float]]:
     """The curves of one site by form, each with the seconds it took; a site that was not used has one safe candidate."""
     if metrics[0].scale == 0.0:
         shape = (weights.shape[1], weights.shape[2])
@@ -101,9 +112,19 @@ def draw_unit(weights: Tensor, metrics: list[Metric], forms: list[str]) -> dict[
     curves = {}
     for name in forms:
         start = time.perf_counter()
-        curve = stacked_curve(form_named(name), weights, metrics)
+        form = form_named(name)
+        ladder = given_ladder(form, (weights.shape[1], weights.shape[2]), (settings or {}).get(name))
+        curve = stacked_curve(form, weights, metrics, ladder)
         curves[name] = curve, time.perf_counter() - start
     return curves
+
+
+def given_ladder(form: Form, shape: Shape, values: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+    """The settings given as plain values that take less than the matrix in 32-bit floats; None where none are given."""
+    if values is None:
+        return None
+    settings = [form.setting(v) for v in values]
+    return [s for s in settings if cost_of(form, shape, s).stored < 4 * shape[0] * shape[1]]
 
 
 def stacked_curve(

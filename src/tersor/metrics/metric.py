@@ -1,8 +1,9 @@
 """A metric is a norm on the error of one weight, in nats of the model's divergence.
 
 The Hessian of the divergence at zero error is approximated by a Kronecker product of a moment of the rows of the
-weight and a moment of its columns, `d(E) = scale * tr(R E C E^T)`. The five kinds keep more or less of the two
-moments: `identity` their mean, `diagonal` their diagonals, `input` / `output` one of them whole, `kronecker` both.
+weight and a moment of its columns, `d(E) = scale * tr(R E C E^T)`. The kinds keep more or less of the two moments:
+`identity` their mean, `diagonal` their diagonals, `input` / `output` one of them whole, `kronecker` both. Of the inputs
+alone, `input-diagonal` keeps the diagonal of what `input` keeps, `fisher-input` the half of `diagonal` that is theirs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-KINDS = ("identity", "diagonal", "input", "output", "kronecker")
+KINDS = ("identity", "diagonal", "input", "output", "kronecker", "input-diagonal", "fisher-input")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Metric:
             return Metric(kind, self.rows.mean(), self.columns.mean(), self.scale)
         if kind == "diagonal":
             return Metric(kind, Side(self.rows.diagonal), Side(self.columns.diagonal), self.scale)
-        keep_columns = (kind == "input") == input_is_columns
+        keep_columns = (kind != "output") == input_is_columns
         rows = self.rows.mean() if keep_columns else self.rows
         columns = self.columns if keep_columns else self.columns.mean()
+        if kind in ("input-diagonal", "fisher-input"):
+            rows, columns = Side(rows.diagonal), Side(columns.diagonal)
         return Metric(kind, rows, columns, self.scale)

@@ -73,10 +73,13 @@ class Summary:
         return min(1.0, self.overlap / self.pairs / (self.pair_energy / self.pairs) ** 0.5)
 
     def metric(self, kind: str, *, rows_are_inputs: bool = False) -> Metric:
-        """The undamped metric of the matrix, in nats per prediction where gradients were observed."""
+        """The undamped metric of the matrix, in nats per prediction where gradients were observed.
+
+        `input` and `input-diagonal` take the inputs as they are, the other kinds weighted by the gradients they met.
+        """
         positions = max(self.positions, 1.0)
         scale = 0.5 * positions / max(self.predictions, 1.0)
-        if self.has_gradients and kind != "input":
+        if self.has_gradients and kind not in ("input", "input-diagonal"):
             inputs, gradients = self.weighted_inputs / self.mass, self.weighted_gradients / positions
         elif self.has_gradients:
             inputs, gradients = self.inputs / positions, self.weighted_gradients / self._input_energy()
