@@ -5,29 +5,31 @@ Each step reads what the step before left in the run folder and does nothing tha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tersor.build.artifact import planned_bytes, read_record, stored_dtypes
+from tersor.build.artifact import stored_dtypes
 from tersor.build.build import Built, build, check_target
-from tersor.build.load import load
-from tersor.curves.draw import draw_all, probe_gain, settle_damping
+from tersor.build.layout import Layout
+from tersor.curves.draw import Ladders, draw_all, probe_gain, settle_damping
 from tersor.data import Data, read_data, read_pairs
 from tersor.errors import TersorError
 from tersor.forms import FORMS, form_named
-from tersor.judge import Judgement, judge
+from tersor.judge.artifact import adopt, judge_artifact, judge_sites
+from tersor.judge.judge import Judgement
 from tersor.metrics import KINDS
 from tersor.models import Batch, Divergence, Model, Site, Walk, open_model, walk
 from tersor.models.compare import Reference
 from tersor.observe import collect, store_summaries
 from tersor.observe.store import file_of
-from tersor.plan import UNTOUCHED, Choice, Limits, Plan, Planner, parse_limits
+from tersor.plan import UNTOUCHED, Limits, Plan, Planner, parse_limits
 from tersor.run import Run, fingerprint_of
 
 CHECK_SHARE = 0.2
@@ -45,7 +47,6 @@ class Study:
     model: Model
     walk: Walk
     run: Run
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -62,24 +63,70 @@ class Study:
         return sum(2 * s.shape[0] * s.shape[1] for s in self.sites)
 
     def planner(self, forms: Sequence[str] | None = None) -> Planner:
-        for name in forms or ():
-            form_named(name)
-
-        def size_of(choices: Sequence[Choice]) -> int:
-            return planned_bytes(self.model.module, self.sites, choices, self.dtypes)
-
-        return Planner.of(self.run, self.sites, size_of, forms)
+        return planner_of(self.run, forms)
 
     def plan(self, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
-        """The best plan under a budget such as `35%`, `120MB` or `4.25bits`; see `parse_limits` for other limits."""
-        found = parse_limits(budget, whole_bytes=self.stored_bytes, whole_flops=self.flops, **limits)
-        return self.plan_within(found, forms)
+        """The best plan under a budget such as `35%`, `120MB` or `4.25bits`; see `parse_limits`."""
+        return plan_run(self.run, budget, forms=forms, **limits)
 
-    def plan_within(self, limits: Limits, forms: Sequence[str] | None = None) -> Plan:
-        plan = self.planner(forms).plan(limits)
-        plan = replace(plan, name=_plan_name(plan))
-        self.run.put_plan(plan.name, plan.as_json())
-        return plan
+    def plan_within(self, limits: Limits, forms: Sequence[str] | None = None, name: str | None = None) -> Plan:
+        return _keep(self.run, self.planner(forms).plan(limits), name)
+
+
+def planner_of(run: Run, forms: Sequence[str] | None = None) -> Planner:
+    """The planner over the curves in a run; it needs no model. `forms` restricts the menus."""
+    for name in forms or ():
+        form_named(name)
+    layout = Layout.from_json(run.get("layout"))
+    return Planner.of(run, layout.sites, layout.file_bytes, forms)
+
+
+def plan_run(run: Run, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
+    """The best plan of a run under a budget such as `35%`, `120MB`, `4.25bits`; see `parse_limits` for `limits`."""
+    flops = Layout.from_json(run.get("layout")).flops
+    found = parse_limits(budget, whole_bytes=run.get("stored_bytes"), whole_flops=flops, **limits)
+    return _keep(run, planner_of(run, forms).plan(found), plan_name(budget, forms, **limits))
+
+
+def _keep(run: Run, plan: Plan, name: str | None) -> Plan:
+    plan = replace(plan, name=name or ",".join(f"{k}={v}" for k, v in plan.limits.items()) or "plan")
+    run.put_plan(plan.name, plan.as_json())
+    return plan
+
+
+def plan_name(budget: str | None, forms: Sequence[str] | None = None, **limits: Any) -> str:
+    """The limits of a plan as they were given: `35%`, `4.25bits,int`, `divergence=0.05`."""
+    parts = [budget, *(f"{k}={v}" for k, v in limits.items() if v is not None), *(forms or ())]
+    return ",".join(part for part in parts if part)
+
+
+def plan_named(run: Run, name: str) -> Plan:
+    """A plan made before; an unknown name is an error that says which there are."""
+    value = run.plan(name)
+    if value is None:
+        known = ", ".join(run.plans()) or "none yet"
+        raise TersorError(f"The run {run.folder} has no plan {name!r}; its plans are: {known}.")
+    return Plan.from_json({k: v for k, v in value.items() if k in Plan.__dataclass_fields__})
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run of a finished study; raises TersorError where there is none, or where the study was cut short."""
+    run = Run(Path(folder))
+    if run.get("studied") is None:
+        raise TersorError(
+            f"The study in {folder} is not finished; call `tersor study` again to go on with it."
+        )
+    return run
+
+
+def reopen(folder: str | Path, device: str = "cpu") -> Study:
+    """The study in a run folder with its model, opened again as it was the first time."""
+    run = open_run(folder)
+    opening = run.get("opening")
+    if opening is None:
+        raise TersorError(f"The study in {folder} was made of a module in memory; build from Python, with its model.")
+    run.close()
+    return open_study(opening.pop("model"), folder, device=device, create=False, **opening)
 
 
 def open_study(
@@ -93,7 +140,7 @@ def open_study(
     device: str = "cpu",
     create: bool = True,
 ) -> Study:
-    """Open a model with its run folder, which is made where it does not exist, and refused where it is another model's."""
+    """Open a model with its run folder, which is made where there is none, and refused where it is another model's."""
     opened = open_model(model, weights=weights, divergence=divergence, device=device)
     found = walk(opened.module, include, exclude)
     dtypes = stored_dtypes(opened.module, getattr(opened, "checkpoint", None))
@@ -106,7 +153,20 @@ def open_study(
             "sites": [s.name for s in sites],
         }
     )
-    return Study(opened, Walk(sites, found.untouched), folder, dtypes)
+    folder.put("layout", Layout.of(opened.module, sites, dtypes).as_json())
+    folder.put("stored_bytes", opened.identity.stored_bytes)
+    folder.put("untouched", found.untouched)
+    if isinstance(model, str | Path):
+        names = {"divergence": opened.divergence.name, "include": list(include), "exclude": list(exclude)}
+        kept = None if weights is None else str(Path(weights).resolve())
+        folder.put("opening", {"model": _absolute(str(model)), "weights": kept, **names})
+    return Study(opened, Walk(sites, found.untouched), folder)
+
+
+def _absolute(source: str) -> str:
+    """A model folder or `file.py:factory` by its full path; `package.module:factory` stays as it is."""
+    path, colon, factory = source.rpartition(":") if ".py:" in source else (source, "", "")
+    return f"{Path(path).resolve()}{colon}{factory}" if Path(path).exists() else source
 
 
 def study(
@@ -122,6 +182,7 @@ def study(
     seed: int = 0,
     gains: bool = True,
     damping: dict[str, float] | None = None,
+    settings: Ladders | None = None,
     workers: int | None = None,
     progress: Progress = silent,
     **options: Any,
@@ -129,40 +190,56 @@ def study(
     """Observe the model on calibration data and draw the curves of all its sites.
 
     `metric` is one of `identity`, `diagonal`, `input`, `output`, `kronecker`; `input` needs no backward pass. One batch
-    in five is held back, to choose the damping and to measure a gain for every site. Raises TersorError for bad input.
+    in five is held back, to choose the damping and to measure a gain for every site. `settings` replaces the ladder of
+    a form, by its name, with settings as plain values. Raises TersorError for bad input.
     """
     if metric not in KINDS:
         raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
     forms = tuple(FORMS) if forms is None else tuple(forms)
     for name in forms:
         form_named(name)
+    calibration = read_data(data)
     opened = open_study(model, run, **options)
-    batches = list(opened.model.batches(read_data(data), samples, sequence_length, batch_size))
+    batches = list(opened.model.batches(calibration, samples, sequence_length, batch_size))
     if not batches:
         raise TersorError("The data gave no batch.")
     opened.run.belongs_to({"calibration_data": fingerprint_of(batches), "metric": metric, "seed": seed})
+    opened.run.belongs_to({"settings": _ladders_key(settings)})
     opened.run.put("source", opened.model.identity.source)
-    opened.run.put("stored_bytes", opened.stored_bytes)
     fit, check = _split(batches)
     _observe(opened, fit, check, gradients=metric != "input", seed=seed, progress=progress)
     if damping is not None:
         opened.run.put("damping", damping)
     progress("damping", "chosen on held-back data", 0, 1)
+    start = time.perf_counter()
     settle_damping(opened.run, opened.model, opened.sites, metric)
+    _add_seconds(opened.run, "damping", start)
     start = time.perf_counter()
     progress("draw", "curves of all sites", 0, len(opened.sites))
-    for number, name in enumerate(draw_all(opened.run, opened.model, opened.sites, forms, workers), 1):
+    for number, name in enumerate(draw_all(opened.run, opened.model, opened.sites, forms, workers, settings), 1):
         progress("draw", name, number, len(opened.sites))
-    opened.run.put("seconds/draw", opened.run.get("seconds/draw", 0.0) + time.perf_counter() - start)
+    _add_seconds(opened.run, "draw", start)
     if gains:
         start = time.perf_counter()
         reference = Reference(opened.model, check)
         for number, site in enumerate(opened.sites):
             progress("probe", site.name, number, len(opened.sites))
             probe_gain(opened.run, opened.model, site, reference)
-        opened.run.put("seconds/probe", opened.run.get("seconds/probe", 0.0) + time.perf_counter() - start)
+        _add_seconds(opened.run, "probe", start)
+    opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
     progress("study", "done", 1, 1)
     return opened
+
+
+def _add_seconds(run: Run, step: str, start: float) -> None:
+    run.put(f"seconds/{step}", run.get(f"seconds/{step}", 0.0) + time.perf_counter() - start)
+
+
+def _ladders_key(settings: Ladders | None) -> str:
+    """A short name for the ladders that a study draws."""
+    if settings is None:
+        return "those of the forms"
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -193,13 +270,8 @@ def _observe(
     if not any(opened.run.has_tensors(file_of(s, "fit")) for s in opened.sites):
         raise TersorError("The model used none of its sites on the calibration data, so nothing was observed.")
     opened.run.put("unused_sites", [s.name for s in opened.sites if not opened.run.has_tensors(file_of(s, "fit"))])
-    opened.run.put("seconds/observe", time.perf_counter() - start)
+    _add_seconds(opened.run, "observe", start)
     opened.run.put("observed", True)
-
-
-def _plan_name(plan: Plan) -> str:
-    limits = "_".join(f"{k}={v:g}" for k, v in plan.limits.items())
-    return limits or "plan"
 
 
 def build_plan(
@@ -211,6 +283,7 @@ def build_plan(
     progress: Progress = silent,
 ) -> Built:
     """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on."""
+    start = time.perf_counter()
     built = build(
         opened.run,
         opened.model,
@@ -223,63 +296,8 @@ def build_plan(
     opened.run.put_plan(
         plan.name, {**plan.as_json(), "fitted_divergence": built.plan.divergence, "out": Path(out).name}
     )
+    _add_seconds(opened.run, "build", start)
     return built
-
-
-def judge_artifact(
-    original: Model,
-    out: str | Path,
-    data: str | Path | Data | Sequence[Any],
-    *,
-    samples: int | None = None,
-    sequence_length: int = 256,
-    batch_size: int = 16,
-    pairs: str | Path | None = None,
-    run: Run | None = None,
-) -> Judgement:
-    """Measure an artifact against the original on held-out data; writes the result beside it, and into the ledger."""
-    out = Path(out)
-    record = read_record(out)
-    if record["model"]["fingerprint"] != original.identity.fingerprint:
-        raise TersorError(f"{out} was made from another model than {original.identity.source}.")
-    new = adopt(original, out)
-    plan = Plan.from_json(record["plan"])
-    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size))
-    dense_flops = sum(2 * s.shape[0] * s.shape[1] for s in walk(original.module).sites)
-    untouched = dense_flops - sum(
-        2 * s.shape[0] * s.shape[1] for s in walk(original.module).sites if s.name in {c.site for c in plan.choices}
-    )
-    found = judge(
-        original,
-        new,
-        batches,
-        stored=(original.identity.stored_bytes, (out / "model.safetensors").stat().st_size),
-        flops=(dense_flops, untouched + plan.flops),
-        predicted=plan.divergence,
-        pairs=None if pairs is None else read_pairs(pairs),
-        sequence_length=sequence_length,
-    )
-    if run is not None:
-        d = found.divergence
-        run.enter(plan.name, "*", plan.divergence, (d.value, d.low, d.high))
-        run.put(f"judgement/{plan.name}", found.as_json())
-    from tersor.build.artifact import update_record
-
-    update_record(out, {"judgement": found.as_json()})
-    return found
-
-
-def adopt(original: Model, out: Path) -> Model:
-    """The artifact `out` as a model that takes the batches of `original`."""
-    import copy
-
-    new = copy.copy(original)
-    record = read_record(out)
-    if record["model"]["kind"] == "huggingface":
-        new.module = load(out, device=str(original.device), dtype=torch.float32)
-    else:
-        new.module = load(out, copy.deepcopy(original.module), device=str(original.device))
-    return new
 
 
 @dataclass(frozen=True)
@@ -307,23 +325,28 @@ def compress(
     max_divergence: float | None = None,
     sequential: bool = False,
     judge_samples: int | None = None,
+    choose: Callable[[Study, Limits], Plan] | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Result:
     """Study, plan, build and judge in one call. Options are those of `study`.
 
-    Without `held_out` nothing is judged. The module given, or read, is the built one afterwards.
+    `choose` makes the plan from the study and the limits, where it is not the planner's. Without `held_out` nothing is
+    judged. The module given, or read, is the built one afterwards.
     """
     check_target(Path(out))
+    asked: dict[str, Any] = {"memory_budget": memory_budget, "flops_budget": flops_budget, "divergence": max_divergence}
+    parse_limits(budget, whole_bytes=1, whole_flops=1, **asked)  # what cannot be read is refused before the work
+    held_out = None if held_out is None else read_data(held_out)
+    if pairs is not None:
+        read_pairs(pairs)
     folder = Path(f"{out}.run") if run is None else Path(run)
     opened = study(model, data, folder, forms=forms, progress=progress, **options)
-    plan = opened.plan(
-        budget,
-        forms=forms,
-        memory_budget=memory_budget,
-        flops_budget=flops_budget,
-        divergence=max_divergence,
-    )
+    limits = parse_limits(budget, whole_bytes=opened.stored_bytes, whole_flops=opened.flops, **asked)
+    if choose is None:
+        plan = opened.plan_within(limits, forms, plan_name(budget, forms, **asked))
+    else:
+        plan = choose(opened, limits)
     sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
     again = None
     if sequential:
@@ -337,10 +360,11 @@ def compress(
     built = build_plan(opened, plan, out, sequential=again, progress=progress)
     judgement = None
     if judged_by is not None and held_out is not None:
-        progress("judge", "held-out data", 0, 1)
+        start = time.perf_counter()
         judgement = judge_artifact(
-            judged_by, out, held_out, samples=judge_samples, pairs=pairs, run=opened.run, **sizes
+            judged_by, out, held_out, samples=judge_samples, pairs=pairs, run=opened.run, progress=progress, **sizes
         )
+        _add_seconds(opened.run, "judge", start)
     progress("compress", "done", 1, 1)
     return Result(built.plan, built.weights_bytes, judgement, opened)
 
@@ -357,6 +381,13 @@ __all__ = [
     "build_plan",
     "compress",
     "judge_artifact",
+    "judge_sites",
+    "open_run",
     "open_study",
+    "plan_name",
+    "plan_named",
+    "plan_run",
+    "planner_of",
+    "reopen",
     "study",
 ]

@@ -108,7 +108,7 @@ def build(
     if folder is not None:
         copy_beside(folder, out)
     size = write_artifact(
-        out, model.module, sites, list(chosen.values()), dtypes, _config(model), _record(run, model, plan)
+        out, model.module, sites, list(chosen.values()), dtypes, _config(model), _record(run, model, sites, plan)
     )
     if size != expected:
         raise TersorError(f"{out} takes {size} bytes, but {expected} were predicted; please report this as a bug.")
@@ -153,7 +153,7 @@ def _config(model: Model) -> dict[str, Any] | None:
     return read_config(folder)
 
 
-def _record(run: Run, model: Model, plan: Plan) -> dict[str, Any]:
+def _record(run: Run, model: Model, sites: Sequence[Site], plan: Plan) -> dict[str, Any]:
     from tersor import __version__
 
     identity = model.identity
@@ -166,6 +166,9 @@ def _record(run: Run, model: Model, plan: Plan) -> dict[str, Any]:
         },
         "divergence": model.divergence.name,
         "plan": plan.as_json(),
+        "site_weights": {site.name: site.parameters for site in sites},
+        "untouched": run.get("untouched", []),
+        "unused_sites": run.get("unused_sites", []),
         "versions": {"tersor": __version__, "torch": torch.__version__},
     }
 

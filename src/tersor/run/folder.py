@@ -56,6 +56,11 @@ class Run:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return default if row is None else json.loads(row[0])
 
+    def facts(self, prefix: str) -> dict[str, Any]:
+        """All facts whose names begin with `prefix`, by what follows it, in the order in which they were put."""
+        rows = self._db.execute("SELECT name, value FROM facts WHERE substr(name, 1, ?) = ?", (len(prefix), prefix))
+        return {name[len(prefix) :]: json.loads(value) for name, value in rows}
+
     def put(self, name: str, value: Any) -> None:
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
@@ -108,6 +113,10 @@ class Run:
 
     def is_drawn(self, site: str, form: str) -> bool:
         return self._db.execute("SELECT 1 FROM drawn WHERE site = ? AND form = ?", (site, form)).fetchone() is not None
+
+    def seconds_by_form(self) -> dict[str, float]:
+        """Seconds that the curves of each form took, all sites together."""
+        return dict(self._db.execute("SELECT form, SUM(seconds) FROM drawn GROUP BY form ORDER BY form").fetchall())
 
     def candidates(self, site: str) -> Iterator[Candidate]:
         """All candidates of a site, smallest first."""
