@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import Any
+
+from tersor.registration import register_when_imported
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,4 @@ def __dir__() -> list[str]:
     return sorted([*_PUBLIC, "__version__"])
 
 
-if "transformers" in sys.modules:
-    from tersor.build.load import register
-
-    register()
+register_when_imported()

@@ -131,7 +131,7 @@ class StandIn(nn.Module):
         return list(self.operators)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Tensor:
-        if self.stack > 1 and (isinstance(index, int) or isinstance(index, Tensor) and index.dim() == 0):
+        if self.stack > 1 and (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)):
             return self._members()[int(index)].dense(self.get_buffer("_like").dtype)
         return self.tensor()[index]
 
@@ -142,14 +142,15 @@ class StandIn(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__"):
+            if name.startswith("_") or not hasattr(Tensor, name):
                 raise
-            if name in ("shape", "dtype", "device", "ndim"):
-                like = self.get_buffer("_like")
-                return {"shape": torch.Size(self.site_shape), "ndim": len(self.site_shape)}.get(name) or getattr(
-                    like, name
-                )
-            return getattr(self.tensor(), name)
+        if name == "shape":
+            return torch.Size(self.site_shape)
+        if name == "ndim":
+            return len(self.site_shape)
+        if name in ("dtype", "device"):
+            return getattr(self._buffers["_like"], name)
+        return getattr(self.tensor(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,7 +185,7 @@ def install(module: nn.Module, site: Site, operators: list[Operator]) -> None:
 def layer_for(owner: nn.Module, operator: Operator, borrowed: bool, dtype: torch.dtype) -> ApproximateLayer | None:
     """The layer of ours that does what `owner` does, None where it has a forward of its own or hooks."""
     forward = type(owner).forward
-    if type(owner).__name__ == "Conv1D" or isinstance(owner, nn.Linear) and forward is nn.Linear.forward:
+    if type(owner).__name__ == "Conv1D" or (isinstance(owner, nn.Linear) and forward is nn.Linear.forward):
         return ApproximateLinear(operator, owner.bias, borrowed)  # type: ignore[arg-type]
     if isinstance(owner, nn.Embedding) and forward is nn.Embedding.forward and owner.max_norm is None:
         return ApproximateTable(operator, owner.padding_idx, borrowed, dtype)

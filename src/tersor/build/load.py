@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from tersor.build.artifact import install_empty, load_weights, read_record
+from tersor.build.artifact import WEIGHTS, install_empty, load_weights, read_record
 from tersor.errors import TersorError
 
 
@@ -56,12 +55,20 @@ def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> n
     register()
     with quiet_transformers():
         try:
-            module = cls.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+            module, info = cls.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
         except TersorError:
             raise
         except Exception as error:
             raise TersorError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    return module.to(device).eval()
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(k) for k in info["mismatched_keys"])})
+    if wrong:
+        raise TersorError(
+            f"{folder / WEIGHTS} does not fit its config.json: {wrong[0]} is missing, unknown or misshapen."
+        )
+    loaded: nn.Module = module.to(device)
+    return loaded.eval()
 
 
 def register() -> None:

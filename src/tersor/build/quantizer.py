@@ -13,7 +13,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.build.artifact import install_empty
-from tersor.build.layers import ApproximateLayer, StandIn
 
 
 class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -31,14 +30,12 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         install_empty(model, self.quantization_config.sites)
-        replaced = {name for name, child in model.named_modules() if isinstance(child, ApproximateLayer | StandIn)}
+        gone = {
+            f"{m}.{p}".removeprefix(".") for site in self.quantization_config.sites.values() for m, p in site["places"]
+        }
         tied = getattr(model, "all_tied_weights_keys", None)
-        if tied:
-            model.all_tied_weights_keys = {
-                target: source
-                for target, source in tied.items()
-                if source.rpartition(".")[0] not in replaced and target.rpartition(".")[0] not in replaced
-            }
+        if tied:  # what is left to tie: pairs of which neither is an operator now
+            model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in gone and v not in gone}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
