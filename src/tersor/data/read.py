@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,11 @@ def read_data(source: str | Path | Data | Sequence[Any], column: str | None = No
     """Read `source`; raises TersorError, naming the file, where it is missing, empty or of an unknown kind."""
     if isinstance(source, Data):
         return source
+    if isinstance(source, np.ndarray):
+        return Data("arrays", arrays=source)
     if not isinstance(source, str | Path):
+        if isinstance(source, Mapping) or not isinstance(source, Iterable):
+            raise TersorError(f"The data is a {type(source).__name__}; give a file, or an iterable of batches.")
         items = list(source)
         if not items:
             raise TersorError("The data is empty: the iterable of batches yielded nothing.")
@@ -158,8 +162,19 @@ def _from_columns(name: str, columns: dict[str, list[Any]], column: str | None) 
     if column not in columns:
         raise TersorError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.")
     label = next((k for k in ("label", "labels") if k in columns and k != column), None)
-    labels = np.array(columns[label]) if label else None
-    return Data(name, texts=[str(v) for v in columns[column]], labels=labels)
+    kept = [i for i, text in enumerate(columns[column]) if text is not None]
+    labels = _numbers([columns[label][i] for i in kept]) if label else None
+    return Data(name, texts=[str(columns[column][i]) for i in kept], labels=labels)
+
+
+def _numbers(values: list[Any]) -> np.ndarray:
+    """Labels as numbers where all of them are, as names where not."""
+    try:
+        numbers = np.array([float(v) for v in values])
+    except (TypeError, ValueError):
+        return np.array([str(v) for v in values])
+    whole = numbers.astype(np.int64)
+    return whole if (whole == numbers).all() else numbers
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -74,7 +74,7 @@ def score_all(model: Model, batches: Sequence[Batch], original: Sequence[Tensor]
         truth = torch.cat([label.cpu().reshape(-1) for label in labels if label is not None]).numpy()
         a, b = torch.cat(before.value).numpy(), torch.cat(after.value).numpy()
         return [*scores, paired("AUC", len(truth), lambda i: auc(a[i], truth[i]), lambda i: auc(b[i], truth[i]))]
-    is_tokens = any(bool((label == IGNORED).any()) for label in labels if label is not None)
+    is_tokens = any(len(unit) > int(unit.max()) + 1 for unit in units)
     nll = [_units(o.nll, units) for o in (before, after)]
     if is_tokens:
         a, b = nll
@@ -118,10 +118,13 @@ def auc(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _units(values: Sequence[Tensor], units: Sequence[Tensor]) -> np.ndarray:
+    """Means of the known values of every independent sample; a sample without any is left out."""
     parts = []
     for value, unit in zip(values, units, strict=True):
         known = ~value.isnan()
-        parts.append(mean_by_unit(value[known].double().flatten(), unit[known].flatten()))
+        _, of_known = np.unique(unit[known].numpy(), return_inverse=True)
+        if len(of_known):
+            parts.append(mean_by_unit(value[known].double(), torch.as_tensor(of_known)))
     return np.concatenate(parts)
 
 

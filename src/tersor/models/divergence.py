@@ -7,6 +7,7 @@ moments of `g` predicts it.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,9 +31,14 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
 
 
+def _of_each(terms: Tensor) -> Tensor:
+    """Sums of terms (predictions, ...) over all but the predictions."""
+    return terms.reshape(len(terms), -1).sum(1)
+
+
 def _kl(original: Tensor, new: Tensor) -> Tensor:
     p, q = original.float().log_softmax(-1), new.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).flatten(1).sum(1) if p.dim() > 2 else (p.exp() * (p - q)).sum(-1)
+    return _of_each((p.exp() * (p - q)).sum(-1))
 
 
 def _kl_probe(output: Tensor, generator: torch.Generator) -> Tensor:
@@ -44,7 +50,7 @@ def _kl_probe(output: Tensor, generator: torch.Generator) -> Tensor:
 
 def _cosine(original: Tensor, new: Tensor) -> Tensor:
     a, b = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (original, new))
-    return 0.5 * (a - b).square().sum(-1)
+    return _of_each(0.5 * (a - b).square().sum(-1))
 
 
 def _cosine_probe(output: Tensor, generator: torch.Generator) -> Tensor:
@@ -53,12 +59,13 @@ def _cosine_probe(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _mse(original: Tensor, new: Tensor) -> Tensor:
-    return (original.float() - new.float()).square().flatten(1).mean(1)
+    return _of_each((original.float() - new.float()).square()) / original[0].numel()
 
 
 def _mse_probe(output: Tensor, generator: torch.Generator) -> Tensor:
     output = output.float()
-    return (output * _normal(output, generator)).sum() * (2 / output[0].numel()) ** 0.5
+    scale: float = (2 / output[0].numel()) ** 0.5
+    return (output * _normal(output, generator)).sum() * scale
 
 
 def _bce(original: Tensor, new: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ def _bce(original: Tensor, new: Tensor) -> Tensor:
     a, b = original.double(), new.double()
     on, off = a.sigmoid(), (-a).sigmoid()
     terms = on * (logsigmoid(a) - logsigmoid(b)) + off * (logsigmoid(-a) - logsigmoid(-b))
-    return terms.reshape(len(terms), -1).sum(1)
+    return _of_each(terms)
 
 
 def _bce_probe(output: Tensor, generator: torch.Generator) -> Tensor:
@@ -95,7 +102,7 @@ def custom_divergence(function: Callable[[Tensor, Tensor], Tensor], name: str = 
     """
 
     def probe(output: Tensor, generator: torch.Generator) -> Tensor:
-        flat = output.float().flatten(1)
+        flat = output.float().reshape(len(output), -1)
         if flat.shape[1] > LARGEST_HESSIAN:
             raise TersorError(
                 f"A divergence of your own needs at most {LARGEST_HESSIAN} outputs a prediction; here are {flat.shape[1]}."
@@ -109,14 +116,17 @@ def custom_divergence(function: Callable[[Tensor, Tensor], Tensor], name: str = 
         hessian = torch.func.vmap(torch.func.hessian(of_one))(fixed, fixed)
         values, vectors = torch.linalg.eigh(hessian)
         root = vectors * values.clamp_min(0).sqrt()[:, None, :]
-        direction = (root @ _normal(fixed, generator)[..., None])[..., 0]
+        direction: Tensor = (root @ _normal(fixed, generator)[..., None])[..., 0]
         return (flat * direction).sum()
 
     return Divergence(name, "units of your own", function, probe)
 
 
 def divergence_named(name: str) -> Divergence:
-    """One of `DIVERGENCES`; raises TersorError for an unknown name."""
+    """One of `DIVERGENCES`; an unknown name is an error that offers the nearest."""
     if name not in DIVERGENCES:
-        raise TersorError(f"There is no divergence {name!r}; choose one of {', '.join(DIVERGENCES)}.")
+        near = difflib.get_close_matches(name, DIVERGENCES, 1, 0.0)[0]
+        raise TersorError(
+            f"There is no divergence {name!r}; did you mean {near!r}? The divergences are {', '.join(DIVERGENCES)}."
+        )
     return DIVERGENCES[name]

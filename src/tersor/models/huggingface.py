@@ -7,7 +7,7 @@ silently drawn anew. Remote code stays off.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tersor.data import Data
 from tersor.errors import TersorError
 from tersor.models.divergence import Divergence, divergence_named
 from tersor.models.files import Checkpoint, open_checkpoint
-from tersor.models.model import Batch, Identity
+from tersor.models.model import Batch, Identity, device_of
 
 IGNORED = -100
 _HEADS = (
@@ -55,7 +55,7 @@ class HuggingFaceModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return device_of(self.module)
 
     @property
     def tokenizer(self) -> Any:
@@ -74,7 +74,7 @@ class HuggingFaceModel:
     def batches(self, data: Data, samples: int | None, sequence_length: int, batch_size: int) -> Sequence[Batch]:
         """Batches as dictionaries of tensors: packed windows for language models, padded texts for the others."""
         if data.batches is not None:
-            return [self._moved(b if isinstance(b, dict) else {"input_ids": torch.as_tensor(b)}) for b in data.batches]
+            return [self._given(batch) for batch in data.batches]
         if data.texts is None:
             raise TersorError(f"{data.source} holds arrays, but this {self.head} model reads text.")
         if self.head in ("causal-lm", "seq2seq"):
@@ -93,44 +93,42 @@ class HuggingFaceModel:
         result = self.module(**inputs)
         if self.head == "encoder":
             return self._pooled(result, batch)
-        logits = result.logits
+        logits: Tensor = result.logits
         if self.head in ("classifier", "regressor"):
             return logits
-        mask = self._prediction_mask(batch)
-        return logits.flatten(0, 1) if mask is None else logits[mask]
+        return self._predictions(logits, batch)
 
     def labels(self, batch: Batch) -> Tensor | None:
         if self.head == "causal-lm":
             following = torch.full_like(batch["input_ids"], IGNORED)
             following[:, :-1] = batch["input_ids"][:, 1:]
-            mask = batch.get("attention_mask")
-            if mask is None:
-                return following.flatten()
-            following[:, :-1][mask[:, 1:] == 0] = IGNORED
-            return following[mask.bool()]
-        if self.head == "seq2seq":
-            return batch["targets"].flatten() if "targets" in batch else None
-        return batch.get("labels")
+            if "attention_mask" in batch:
+                following[:, :-1][batch["attention_mask"][:, 1:] == 0] = IGNORED
+            return self._predictions(following, batch)
+        labels: Tensor | None = batch.get("labels")
+        if labels is None or self.head in ("encoder", "classifier", "regressor"):
+            return labels
+        return self._predictions(labels, batch)
 
     def units(self, batch: Batch) -> Tensor:
         if self.head in ("encoder", "classifier", "regressor"):
             return torch.arange(len(batch["input_ids"]))
         key = "decoder_input_ids" if self.head == "seq2seq" else "input_ids"
         count, length = batch[key].shape
-        unit = torch.arange(count)[:, None].expand(count, length)
-        mask = self._prediction_mask(batch)
-        return unit.flatten() if mask is None else unit[mask.cpu()]
+        return self._predictions(torch.arange(count)[:, None].expand(count, length), batch)
 
-    def _prediction_mask(self, batch: Batch) -> Tensor | None:
+    def _predictions(self, values: Tensor, batch: Batch) -> Tensor:
+        """Those of values (batch, length, ...) that belong to real tokens, as (predictions, ...)."""
         mask = batch.get("decoder_attention_mask" if self.head == "seq2seq" else "attention_mask")
-        return None if mask is None else mask.bool()
+        return values.flatten(0, 1) if mask is None else values[mask.bool().to(values.device)]
 
     def _pooled(self, result: Any, batch: Batch) -> Tensor:
-        hidden = result.last_hidden_state
+        hidden: Tensor = result.last_hidden_state
         if self.identity.details["pooling"] == "cls":
             return hidden[:, 0]
-        mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))[..., None].to(hidden)
-        return (hidden * mask).sum(1) / mask.sum(1)
+        mask: Tensor = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))
+        weights = mask[..., None].to(hidden)
+        return (hidden * weights).sum(1) / weights.sum(1)
 
     def _windows(self, texts: list[str], source: str, samples: int, length: int, batch_size: int) -> list[Batch]:
         """Texts joined, each opened by the tokenizer's first token, cut into windows without padding."""
@@ -147,22 +145,60 @@ class HuggingFaceModel:
         length = min(length, len(ids))
         count = min(samples, len(ids) // length)
         windows = torch.tensor(ids[: count * length]).view(count, length)
-        parts = windows.split(batch_size)
+        parts = torch.split(windows, batch_size)
         if self.head == "causal-lm":
             return [self._moved({"input_ids": part}) for part in parts]
         return [self._moved(self._halved(part)) for part in parts]
 
+    def _given(self, batch: Any) -> Batch:
+        """A batch of the user's: a dictionary of tensors, or token numbers alone."""
+        try:
+            if not isinstance(batch, Mapping):
+                batch = {"input_ids": batch}
+            batch = {k: v if isinstance(v, Tensor) else torch.as_tensor(v) for k, v in batch.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TersorError(f"A batch is no dictionary of tensors for this {self.head} model: {error}.") from error
+        if "input_ids" not in batch or batch["input_ids"].dim() != 2 or batch["input_ids"].is_floating_point():
+            raise TersorError(f"A batch for this {self.head} model needs `input_ids`, whole numbers (batch, length).")
+        if self.head == "seq2seq":
+            batch = self._with_decoder(batch)
+        return self._moved(batch)
+
+    def _with_decoder(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch of an encoder-decoder with what its decoder reads, and with masks of two different shapes."""
+        if "decoder_input_ids" not in batch:
+            if "labels" not in batch:
+                if "attention_mask" in batch:
+                    raise TersorError("A padded batch of an encoder-decoder needs `decoder_input_ids` or `labels`.")
+                return self._halved(batch["input_ids"])
+            batch = {**batch, "decoder_input_ids": self._shifted(batch["labels"])}
+        mask, of_decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
+        if mask is not None and mask.shape == batch["decoder_input_ids"].shape:  # tell them apart by their lengths
+            of_decoder = torch.ones_like(mask) if of_decoder is None else of_decoder
+            batch = {**batch, "decoder_attention_mask": of_decoder}
+            for name, filler in (("decoder_input_ids", 0), ("decoder_attention_mask", 0), ("labels", IGNORED)):
+                if name in batch:
+                    batch[name] = nn.functional.pad(batch[name], (0, 1), value=filler)
+        return batch
+
     def _halved(self, windows: Tensor) -> dict[str, Tensor]:
         """For encoder-decoders: the first part of a window is read, the rest is predicted."""
         cut = max(1, 2 * windows.shape[1] // 3)
-        start = self.module.config.decoder_start_token_id
         target = windows[:, cut:] if cut < windows.shape[1] else windows[:, -1:]
-        shifted = torch.cat([torch.full_like(target[:, :1], 0 if start is None else start), target[:, :-1]], 1)
-        return {"input_ids": windows[:, :cut], "decoder_input_ids": shifted}
+        return {"input_ids": windows[:, :cut], "decoder_input_ids": self._shifted(target), "labels": target}
+
+    def _shifted(self, target: Tensor) -> Tensor:
+        """What a decoder reads to predict `target`: its start token, then all but the last, fillers as zeros."""
+        start = getattr(self.module.config, "decoder_start_token_id", None) or 0
+        return torch.cat([torch.full_like(target[:, :1], start), target[:, :-1].clamp_min(0)], 1)
 
     def _padded(self, data: Data, samples: int, length: int, batch_size: int) -> list[Batch]:
         assert data.texts is not None
         limit = getattr(self.module.config, "max_position_embeddings", None) or length
+        limit = min(limit, self.tokenizer.model_max_length)
+        if self.tokenizer.pad_token is None:
+            raise TersorError(f"The tokenizer of {self.folder} has no padding token, which batches of texts need.")
+        labels = None if data.labels is None else self._class_numbers(data)
         batches = []
         for start in range(0, min(samples, len(data.texts)), batch_size):
             stop = min(start + batch_size, samples)
@@ -174,10 +210,24 @@ class HuggingFaceModel:
                 return_tensors="pt",
             )
             batch = dict(encoded)
-            if data.labels is not None and self.head in ("classifier", "regressor"):
-                batch["labels"] = torch.as_tensor(data.labels[start:stop])
+            if labels is not None and self.head in ("classifier", "regressor"):
+                batch["labels"] = labels[start:stop]
             batches.append(self._moved(batch))
         return batches
+
+    def _class_numbers(self, data: Data) -> Tensor | None:
+        """The labels as numbers; names of classes are looked up in the config."""
+        assert data.labels is not None
+        if data.labels.dtype.kind in "biuf":
+            return torch.as_tensor(data.labels)
+        known = {str(k).lower(): v for k, v in (getattr(self.module.config, "label2id", None) or {}).items()}
+        names = [str(label).lower() for label in data.labels]
+        if self.head != "classifier" or not known:
+            return None
+        unknown = next((n for n in names if n not in known), None)
+        if unknown is not None:
+            raise TersorError(f"{data.source} has the label {unknown!r}, but the model knows {', '.join(known)}.")
+        return torch.tensor([known[n] for n in names])
 
     def _moved(self, batch: dict[str, Any]) -> Batch:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -30,6 +30,13 @@ class Identity:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module lies; one built of operators alone has buffers only."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
 class Model(Protocol):
     """A model opened for compression. `outputs` is differentiable and holds real predictions only, no padding."""
 

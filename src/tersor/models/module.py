@@ -23,7 +23,7 @@ from tersor.data import Data
 from tersor.errors import TersorError
 from tersor.models.divergence import Divergence, divergence_named
 from tersor.models.files import file_bytes, open_checkpoint
-from tersor.models.model import Batch, Identity
+from tersor.models.model import Batch, Identity, device_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ModuleModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return device_of(self.module)
 
     def batches(self, data: Data, samples: int | None, sequence_length: int, batch_size: int) -> Sequence[Batch]:
         if data.batches is not None:
@@ -101,7 +101,8 @@ class ModuleModel:
         return result
 
     def labels(self, batch: Batch) -> Tensor | None:
-        return batch.labels
+        labels: Tensor | None = batch.labels
+        return labels
 
     def units(self, batch: Batch) -> Tensor:
         values = batch.inputs.values() if isinstance(batch.inputs, dict) else batch.inputs
