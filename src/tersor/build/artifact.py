@@ -27,6 +27,7 @@ from tersor.plan import Choice
 
 VERSION = 1
 WEIGHTS = "model.safetensors"
+RECORD = "tersor.json"
 
 
 def planned_bytes(
@@ -74,21 +75,24 @@ def write_artifact(
         "weights_bytes": size,
         "weights_sha256": sha256(out / WEIGHTS),
     }
-    write_text(out / "tersor.json", json.dumps(record, indent=2))
+    write_text(out / RECORD, json.dumps(record, indent=2))
     return size
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """`tersor.json` of an artifact; raises TersorError where the folder is none."""
-    path = folder / "tersor.json"
+    path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError as error:
         raise TersorError(f"{folder} is no artifact of Tersor: it has no tersor.json.") from error
     except ValueError as error:
         raise TersorError(f"{path} is damaged: {error}.") from error
-    if not isinstance(record, dict) or record.get("version") != VERSION or "sites" not in record:
+    if not isinstance(record, dict) or record.get("version") != VERSION:
         raise TersorError(f"{path} is not of version {VERSION} of the format; this Tersor cannot read it.")
+    lacking = [name for name in ("model", "plan", "sites") if not isinstance(record.get(name), dict)]
+    if lacking:
+        raise TersorError(f"{path} is damaged: it has no {lacking[0]!r}.")
     return record
 
 
@@ -137,4 +141,4 @@ def sha256(path: Path) -> str:
 
 def update_record(folder: Path, values: dict[str, Any]) -> None:
     """Add values to `tersor.json`."""
-    write_text(folder / "tersor.json", json.dumps({**read_record(folder), **values}, indent=2))
+    write_text(folder / RECORD, json.dumps({**read_record(folder), **values}, indent=2))

@@ -27,7 +27,7 @@ class _Borrowed:
 class ApproximateLayer(nn.Module):
     """A layer whose weight is an operator; `weight` decodes it for those who ask."""
 
-    def __init__(self, operator: Operator, bias: nn.Parameter | None, borrowed: bool) -> None:
+    def __init__(self, operator: Operator, bias: Tensor | None, borrowed: bool) -> None:
         super().__init__()
         if borrowed:
             self._borrowed = _Borrowed(operator)
@@ -205,7 +205,7 @@ def operators_of(module: nn.Module) -> Mapping[str, Operator]:
 
 
 class decoded:
-    """A context in which all operators of a module keep their decoded weights: faster, at the memory of the original."""
+    """A context in which the operators of a module keep their decoded weights: faster, at the original's memory."""
 
     def __init__(self, module: nn.Module) -> None:
         self.operators = list(operators_of(module).values())

@@ -19,7 +19,7 @@ class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of an artifact: the form and setting of every site."""
 
     def __init__(self, sites: dict[str, Any] | None = None, version: int = 1, **_: Any) -> None:
-        self.quant_method = "tersor"  # type: ignore[assignment]
+        self.quant_method = "tersor"
         self.sites, self.version = sites or {}, version
 
 

@@ -35,7 +35,7 @@ Ladders = Mapping[str, Sequence[Mapping[str, Any]]]  # by the name of a form, se
 def site_metrics(run: Run, site: Site, kind: str | None = None) -> list[Metric]:
     """The damped metrics of the matrices of a site, as the study chose them."""
     kind = kind or run.get("metric")
-    if not run.has_tensors(file_of(site, "fit")):
+    if site.name in run.get("unused_sites", ()):
         return [identity_metric(site)] * site.stack
     damping = Damping(**run.get("damping"))
     return [damping.apply(m, table=site.kind == "table") for m in load_metrics(run, site, kind)]

@@ -19,7 +19,7 @@ from tersor.errors import TersorError
 
 @dataclass(frozen=True)
 class Divergence:
-    """`compare(original, new)` maps outputs (predictions, ...) to (predictions,); `probe(output, generator)` to a scalar."""
+    """`compare(original, new)` maps outputs (predictions, ...) to (predictions,); `probe` makes a scalar of one output."""
 
     name: str
     unit: str
@@ -105,7 +105,7 @@ def custom_divergence(function: Callable[[Tensor, Tensor], Tensor], name: str = 
         flat = output.float().reshape(len(output), -1)
         if flat.shape[1] > LARGEST_HESSIAN:
             raise TersorError(
-                f"A divergence of your own needs at most {LARGEST_HESSIAN} outputs a prediction; here are {flat.shape[1]}."
+                f"A divergence of your own takes at most {LARGEST_HESSIAN} outputs a prediction, not {flat.shape[1]}."
             )
 
         def of_one(new: Tensor, original: Tensor) -> Tensor:

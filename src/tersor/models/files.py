@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,7 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` on a temporary path beside `path` and rename; a failure leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -150,11 +153,34 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def staged(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder beside `folder`, whose files move there when all of them are whole, `last` at the end.
+
+    A failure leaves nothing behind; one of the disk is raised as a TersorError.
+    """
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda p: (p.name == last, p)):
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    except OSError as error:
+        raise TersorError(f"{folder} could not be written: {error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def copy_beside(source: Path, target: Path) -> None:
     """Copy what goes with a model (tokenizer, pooling, generation config), but no weights and no config."""
+    not_copied = ("config.json", "tersor.json", "model.safetensors.index.json", "README.md")
     for path in sorted(source.iterdir()):
-        if path.is_dir() and (path / "config.json").exists():
+        if path.is_dir() and re.fullmatch(r"\d+_\w+", path.name) and (path / "config.json").exists():
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-        elif path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja", ".md") or path.name == "LICENSE":
-            if path.name not in ("config.json", "model.safetensors.index.json", "README.md"):
-                shutil.copy2(path, target / path.name)
+        kept = path.suffix in (".json", ".txt", ".model", ".jinja", ".md") or path.name == "LICENSE"
+        if path.is_file() and kept and path.name not in not_copied:
+            shutil.copy2(path, target / path.name)

@@ -281,6 +281,9 @@ def quiet_transformers() -> Iterator[None]:
 
 def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
     config = read_config(folder)
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+        raise TersorError(f"{folder} is quantised already ({method}); compress the model that it was made from.")
     cls, head = model_class(config)
     with quiet_transformers():
         try:

@@ -56,5 +56,5 @@ class Model(Protocol):
     def labels(self, batch: Batch) -> Tensor | None: ...
 
     def units(self, batch: Batch) -> Tensor:
-        """For every prediction the number of the independent sample (window, text, image) of the batch it is part of."""
+        """For every prediction the number of the independent sample (window, text, image) of the batch it is of."""
         ...

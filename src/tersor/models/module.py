@@ -1,7 +1,7 @@
 """Any `torch.nn.Module`, from Python or from the shell as `package.module:factory` or `file.py:factory`.
 
-Inputs are tensors, tuples or dictionaries, passed as the module's arguments; a batch may be (inputs, labels). Beside the
-factory, a file may define `preprocess(arrays) -> Tensor`, or `MEAN` and `STD` for images.
+Inputs are tensors, tuples or dictionaries, passed as the module's arguments; a batch may be (inputs, labels). Beside
+the factory, a file may define `preprocess(arrays) -> Tensor`, or `MEAN` and `STD` for images.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,20 +53,32 @@ class Run:
         self._db.close()
 
     def get(self, name: str, default: Any = None) -> Any:
-        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        rows = self._rows("SELECT value FROM facts WHERE name = ?", name)
+        return json.loads(rows[0][0]) if rows else default
 
     def facts(self, prefix: str) -> dict[str, Any]:
         """All facts whose names begin with `prefix`, by what follows it, in the order in which they were put."""
-        rows = self._db.execute("SELECT name, value FROM facts WHERE substr(name, 1, ?) = ?", (len(prefix), prefix))
+        rows = self._rows("SELECT name, value FROM facts WHERE substr(name, 1, ?) = ?", len(prefix), prefix)
         return {name[len(prefix) :]: json.loads(value) for name, value in rows}
 
     def put(self, name: str, value: Any) -> None:
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
-    def _write(self) -> sqlite3.Connection:
-        return self._db
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise TersorError(f"{self.folder / 'run.db'} is damaged: {error}.") from error
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """One transaction; a full disk or a damaged file is a TersorError."""
+        try:
+            with self._db as db:
+                yield db
+        except sqlite3.DatabaseError as error:
+            raise TersorError(f"{self.folder / 'run.db'} could not be written: {error}.") from error
 
     def belongs_to(self, facts: dict[str, Any]) -> None:
         """Claim the folder for these facts, or raise TersorError naming the first that differs."""
@@ -75,8 +87,9 @@ class Run:
             if known is None:
                 self.put(name, value)
             elif known != json.loads(json.dumps(value)):
+                shown = f" ({known}, not {value})" if isinstance(value, str | int | float) else ""
                 raise TersorError(
-                    f"The run folder {self.folder} was made for another {name.replace('_', ' ')} ({known}, not {value}); "
+                    f"The run folder {self.folder} was made for other {name.replace('_', ' ')}{shown}; "
                     "choose another folder or remove it."
                 )
 
@@ -84,21 +97,17 @@ class Run:
         """The tensors stored under `name`; raises TersorError where the file is damaged."""
         path = self.folder / f"{name}.safetensors"
         try:
-            return load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
         except Exception as error:
             raise TersorError(f"{path} is missing or damaged; remove the run folder and study again.") from error
 
     def has_tensors(self, name: str) -> bool:
-        path = self.folder / f"{name}.safetensors"
-        try:
-            with safe_open(path, framework="pt"):
-                return True
-        except Exception:
-            return False
+        """Files are renamed when they are whole, so one that is there was finished."""
+        return (self.folder / f"{name}.safetensors").exists()
 
     def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         path = self.folder / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, tensors)
 
     def add_candidates(self, site: str, form: str, candidates: Iterable[Candidate], seconds: float) -> None:
@@ -112,16 +121,16 @@ class Run:
             db.execute("INSERT OR REPLACE INTO drawn VALUES (?, ?, ?)", (site, form, seconds))
 
     def is_drawn(self, site: str, form: str) -> bool:
-        return self._db.execute("SELECT 1 FROM drawn WHERE site = ? AND form = ?", (site, form)).fetchone() is not None
+        return bool(self._rows("SELECT 1 FROM drawn WHERE site = ? AND form = ?", site, form))
 
     def seconds_by_form(self) -> dict[str, float]:
         """Seconds that the curves of each form took, all sites together."""
-        return dict(self._db.execute("SELECT form, SUM(seconds) FROM drawn GROUP BY form ORDER BY form").fetchall())
+        return dict(self._rows("SELECT form, SUM(seconds) FROM drawn GROUP BY form ORDER BY form"))
 
     def candidates(self, site: str) -> Iterator[Candidate]:
         """All candidates of a site, smallest first."""
-        query = "SELECT form, setting, stored, resident, flops, predicted FROM candidates WHERE site = ? ORDER BY stored, predicted"
-        for form, setting, stored, resident, flops, predicted in self._db.execute(query, (site,)).fetchall():
+        query = "SELECT form, setting, stored, resident, flops, predicted FROM candidates WHERE site = ? "
+        for form, setting, stored, resident, flops, predicted in self._rows(query + "ORDER BY stored, predicted", site):
             values = form_named(form).setting(json.loads(setting))
             yield Candidate(form, values, Cost(stored, resident, flops), predicted)
 
@@ -130,11 +139,11 @@ class Run:
             db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?, ?)", (name, json.dumps(value), time.time()))
 
     def plan(self, name: str) -> dict[str, Any] | None:
-        row = self._db.execute("SELECT value FROM plans WHERE name = ?", (name,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        rows = self._rows("SELECT value FROM plans WHERE name = ?", name)
+        return json.loads(rows[0][0]) if rows else None
 
     def plans(self) -> list[str]:
-        return [row[0] for row in self._db.execute("SELECT name FROM plans ORDER BY made")]
+        return [row[0] for row in self._rows("SELECT name FROM plans ORDER BY made")]
 
     def enter(self, plan: str, site: str, predicted: float, measured: tuple[float, float, float]) -> None:
         """One line of the ledger; the site `*` is the whole model."""
@@ -142,7 +151,7 @@ class Run:
             db.execute("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?, ?, ?)", (plan, site, predicted, *measured))
 
     def ledger(self) -> list[tuple[str, str, float, float, float, float]]:
-        return self._db.execute("SELECT plan, site, predicted, measured, low, high FROM ledger").fetchall()
+        return self._rows("SELECT plan, site, predicted, measured, low, high FROM ledger")
 
 
 def setting_key(candidate: Candidate) -> str:
