@@ -17,6 +17,7 @@ from torch import nn
 
 from tersor.build.artifact import stored_dtypes
 from tersor.build.build import Built, build, check_target
+from tersor.build.interaction import measure_interaction
 from tersor.build.layout import Layout
 from tersor.curves.draw import Ladders, draw_all, probe_gain, settle_damping
 from tersor.data import Data, read_data, read_pairs
@@ -113,9 +114,7 @@ def open_run(folder: str | Path) -> Run:
     """The run of a finished study; raises TersorError where there is none, or where the study was cut short."""
     run = Run(Path(folder))
     if run.get("studied") is None:
-        raise TersorError(
-            f"The study in {folder} is not finished; call `tersor study` again to go on with it."
-        )
+        raise TersorError(f"The study in {folder} is not finished; call `tersor study` again to go on with it.")
     return run
 
 
@@ -225,6 +224,15 @@ def study(
         for number, site in enumerate(opened.sites):
             progress("probe", site.name, number, len(opened.sites))
             probe_gain(opened.run, opened.model, site, reference)
+        measure_interaction(
+            opened.run,
+            opened.model,
+            opened.sites,
+            opened.planner(),
+            reference,
+            workers,
+            lambda what, done, total: progress("probe plans", what, done, total),
+        )
         _add_seconds(opened.run, "probe", start)
     opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
     progress("study", "done", 1, 1)

@@ -1,32 +1,29 @@
 """Building: fit every candidate of a plan, put the operators into the model, write the artifact.
 
-Sites are fitted in the order of the forward pass; what was fitted once is kept in the run, so a second budget that picks
-the same candidate, or a build that was killed, does not fit it again.
+Sites are fitted in the order of the forward pass; what was fitted once is kept in the run, so a second budget that
+picks the same candidate, or a build that was killed, does not fit it again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tersor.build.artifact import planned_bytes, stored_dtypes, write_artifact
+from tersor.build.artifact import RECORD, planned_bytes, stored_dtypes, write_artifact
+from tersor.build.fits import Fit, fit_choice, fits_of, load_fit
 from tersor.build.layers import install
-from tersor.curves.draw import fit_site, site_metrics
+from tersor.curves.draw import site_metrics
 from tersor.errors import TersorError
-from tersor.forms import Operator, form_named
 from tersor.metrics import Metric, Side
-from tersor.models.files import copy_beside
+from tersor.models.files import copy_beside, staged
 from tersor.models.model import Batch, Model
 from tersor.models.sites import Site
 from tersor.observe import collect
-from tersor.plan import UNTOUCHED, Choice, Plan
+from tersor.plan import UNTOUCHED, Choice, Interaction, Plan
 from tersor.run import Run
 
 Progress = Callable[[str, int, int], Any]
@@ -40,28 +37,6 @@ class Built:
     weights_bytes: int
 
 
-def fitted_operators(
-    run: Run, site: Site, weights: Tensor, choice: Choice, metrics: list[Metric] | None = None
-) -> list[Operator]:
-    """The operators of a choice, from the run where they were fitted before under the run's own metrics."""
-    form = form_named(choice.form)
-    setting = form.setting(choice.setting)
-    if metrics is not None:
-        return fit_site(form, weights, metrics, setting)
-    key = hashlib.sha256(json.dumps([site.name, choice.form, choice.setting], sort_keys=True).encode()).hexdigest()[:24]
-    if run.has_tensors(f"fits/{key}"):
-        stored = run.tensors(f"fits/{key}")
-        operators = [form.empty(site.shape, setting) for _ in range(site.stack)]
-        for number, operator in enumerate(operators):
-            operator.load_state_dict({k.split("|")[1]: v for k, v in stored.items() if k.startswith(f"{number}|")})
-        return operators
-    operators = fit_site(form, weights, site_metrics(run, site), setting)
-    run.put_tensors(
-        f"fits/{key}", {f"{i}|{k}": v for i, op in enumerate(operators) for k, v in op.state_dict().items()}
-    )
-    return operators
-
-
 def build(
     run: Run,
     model: Model,
@@ -70,54 +45,75 @@ def build(
     out: Path,
     *,
     sequential: Sequence[Batch] | None = None,
+    workers: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
     """Fit and write `plan` to the folder `out`; the model is changed in place and is the built one afterwards.
 
-    `sequential` are calibration batches: the inputs of every block of sites are observed anew as the built prefix really
-    produces them. Raises TersorError where `out` exists and is no artifact, or cannot be written.
+    `sequential` are calibration batches: the inputs of every block of sites are observed anew as the built prefix
+    really produces them. Raises TersorError where `out` exists and is no artifact, or cannot be written.
     """
     check_target(out)
     chosen = {c.site: c for c in plan.choices if c.form != UNTOUCHED}
     targets = [s for s in sites if s.name in chosen]
     dtypes = stored_dtypes(model.module, getattr(model, "checkpoint", None))
     expected = planned_bytes(model.module, sites, chosen.values(), dtypes)
-    divergences, ready = {}, []
+    if sequential is None:
+        for number, (site, _) in enumerate(fits_of(run, model, sites, plan.choices, workers)):
+            progress(site.name, number, len(targets))
+        fits = {site.name: load_fit(run, site, chosen[site.name]) for site in targets}
+    else:
+        fits = _fit_in_order(run, model, targets, chosen, sequential, progress)
+    for site in targets:
+        install(model.module, site, [op.to(model.device) for op in fits[site.name].operators])
+    plan = _as_fitted(run, plan, fits)
+    folder = getattr(model, "folder", None)
+    with staged(out, last=RECORD) as target:
+        if folder is not None:
+            copy_beside(folder, target)
+        size = write_artifact(
+            target, model.module, sites, list(chosen.values()), dtypes, _config(model), _record(run, model, sites, plan)
+        )
+        if size != expected:
+            raise TersorError(f"{out} takes {size} bytes, but {expected} were predicted; please report this as a bug.")
+    return Built(plan, size)
+
+
+def _as_fitted(run: Run, plan: Plan, fits: Mapping[str, Fit]) -> Plan:
+    """The plan with the divergences of its choices as they were fitted."""
+
+    def divergence(site: str) -> float:
+        return fits[site].divergence * float(run.get(f"gain/{site}", {"gain": 1.0})["gain"]) if site in fits else 0.0
+
+    choices = tuple(replace(c, divergence=divergence(c.site)) for c in plan.choices)
+    interaction = Interaction.of(run)
+    return replace(plan, choices=choices, divergence=interaction.whole(sum(c.divergence for c in choices)))
+
+
+def _fit_in_order(
+    run: Run,
+    model: Model,
+    targets: Sequence[Site],
+    chosen: Mapping[str, Choice],
+    batches: Sequence[Batch],
+    progress: Progress,
+) -> dict[str, Fit]:
+    """Fit site after site, each under the inputs that the sites before it, already replaced, really produce."""
+    fits: dict[str, Fit] = {}
     observed: dict[str, list[Metric]] = {}
     for number, site in enumerate(targets):
         progress(site.name, number, len(targets))
-        if sequential is not None and site.name not in observed:
-            observed.update(_observe_again(run, model, targets[number:], sequential))
-        weights = site.matrices(model.module).cpu()
-        operators = fitted_operators(run, site, weights, chosen[site.name], observed.get(site.name))
-        gain = run.get(f"gain/{site.name}", {"gain": 1.0})["gain"]
-        rounded = torch.stack([op.dense() for op in operators])
-        metrics = site_metrics(run, site)
-        divergences[site.name] = gain * sum(
-            m.distance(w - r) for m, w, r in zip(metrics, weights, rounded, strict=True)
-        )
-        if sequential is not None:
-            site.parameter(model.module).data = site.to_parameter(rounded).to(site.parameter(model.module)).contiguous()
-        ready.append((site, operators))
-    for site, operators in ready:
-        install(model.module, site, [op.to(model.device) for op in operators])
-    choices = tuple(replace(c, divergence=divergences.get(c.site, 0.0)) for c in plan.choices)
-    plan = replace(plan, choices=choices, divergence=sum(c.divergence for c in choices))
-    out.mkdir(parents=True, exist_ok=True)
-    folder = getattr(model, "folder", None)
-    if folder is not None:
-        copy_beside(folder, out)
-    size = write_artifact(
-        out, model.module, sites, list(chosen.values()), dtypes, _config(model), _record(run, model, sites, plan)
-    )
-    if size != expected:
-        raise TersorError(f"{out} takes {size} bytes, but {expected} were predicted; please report this as a bug.")
-    return Built(plan, size)
+        if site.name not in observed:
+            observed.update(_observe_again(run, model, targets[number:], batches))
+        parameter = site.parameter(model.module)
+        fits[site.name] = fit_choice(site.matrices(model.module).cpu(), observed[site.name], chosen[site.name])
+        parameter.data = site.to_parameter(fits[site.name].matrices()).to(parameter.data).contiguous()
+    return fits
 
 
 def check_target(out: Path) -> None:
     """Refuse to write over anything that is not an artifact."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "tersor.json").exists()):
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).exists())):
         raise TersorError(f"{out} exists and is no artifact of Tersor; choose another folder.")
 
 
@@ -173,4 +169,4 @@ def _record(run: Run, model: Model, sites: Sequence[Site], plan: Plan) -> dict[s
     }
 
 
-__all__ = ["Built", "build", "check_target", "fitted_operators"]
+__all__ = ["Built", "build", "check_target"]

@@ -19,6 +19,7 @@ from tersor.observe.summary import Summary
 
 LARGEST_MOMENT = 8192
 PAIR_SAMPLE = 128
+CAPTURED_EVERY = 8
 _LINEAR = {nn.functional.linear}
 _PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
 _CONVOLUTIONS = {nn.functional.conv1d, nn.functional.conv2d, torch.conv1d, torch.conv2d}
@@ -38,12 +39,17 @@ class Collector(TorchFunctionMode):
         self.gradients = gradients
         self.predictions = 0
         self._masks: list[Tensor] = []
+        self._batches = 0
+        self._last_source: Tensor | None = None
+        self._last_moment = self._last_sum = torch.empty(0)
         self._of: dict[int, Site] = {id(site.parameter(model.module)): site for site in sites}
         self._anchor = torch.zeros((), requires_grad=True)
 
     def begin(self, masks: list[Tensor]) -> None:
         """Start a batch whose real positions are those where a mask (batch, length) of its shape is not zero."""
         self._masks = [m.bool() for m in masks]
+        self._batches += 1
+        self._last_source = None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -103,13 +109,13 @@ class Collector(TorchFunctionMode):
         self.rows_are_inputs[key] = rows_are_inputs
         size = site.shape[0] if rows_are_inputs else site.shape[1]
         if key not in self.summaries:
-            self.summaries[key] = Summary.zeros(size, outputs, LARGEST_MOMENT, key[2] == "table")
+            self.summaries[key] = Summary.zeros(size, outputs, LARGEST_MOMENT, key[2] == "table", output.device)
         summary = self.summaries[key]
         unfold = _unfolder(func, args, kwargs, site)
 
         def add_inputs() -> Tensor:
             rows = _select(unfold(inputs), select)
-            _add_inputs(summary, rows)
+            self._add_inputs(summary, rows, x if func in _LINEAR else None)
             return rows
 
         if not self.gradients:
@@ -119,9 +125,32 @@ class Collector(TorchFunctionMode):
         def on_gradient(gradient: Tensor) -> None:
             rows = add_inputs()
             moved = gradient.flatten(2).transpose(1, 2) if func in _CONVOLUTIONS else gradient
-            _add_gradients(summary, rows, _select(moved, select))
+            gradients = _select(moved, select)
+            rows = rows.float() if rows.is_floating_point() else rows
+            _add_gradients(summary, rows, gradients)
+            if self._batches % CAPTURED_EVERY == 1:
+                _add_captured(summary, rows, gradients)
 
         output.register_hook(on_gradient)
+
+    def _add_inputs(self, summary: Summary, rows: Tensor, source: Tensor | None) -> None:
+        """Add the moment of inputs; layers that share their input (query, key, value) share the product."""
+        summary.positions += rows.shape[0]
+        if not rows.is_floating_point():
+            counts = torch.bincount(rows, minlength=summary.inputs.shape[0]).double()
+            summary.inputs += counts
+            summary.input_sum += counts
+            return
+        if source is None or source is not self._last_source or summary.inputs.dim() == 1:
+            rows = rows.float()
+            self._last_sum = rows.sum(0, dtype=torch.float64)
+            if summary.inputs.dim() == 1:
+                _add_moment(summary.inputs, rows, rows)
+                summary.input_sum += self._last_sum
+                return
+            self._last_source, self._last_moment = source, rows.T @ rows
+        summary.inputs += self._last_moment
+        summary.input_sum += self._last_sum
 
     def _mask(self, shape: torch.Size) -> Tensor | None:
         """Which positions of inputs with these leading dimensions are real; None where all are."""
@@ -165,42 +194,27 @@ def _pair(value: int | tuple[int, ...], missing: int, dimensions: int) -> tuple[
     return (missing, *values)[-2:]  # type: ignore[return-value]
 
 
-def _add_inputs(summary: Summary, rows: Tensor) -> None:
-    summary.positions += rows.shape[0]
-    if not rows.is_floating_point():
-        counts = torch.bincount(rows.reshape(-1), minlength=summary.inputs.shape[0]).double().cpu()
-        summary.inputs += counts
-        summary.input_sum += counts
-        return
-    rows = rows.float()
-    summary.input_sum += rows.sum(0).double().cpu()
-    summary.inputs += _moment(rows, rows, summary.inputs.dim())
-
-
 def _add_gradients(summary: Summary, rows: Tensor, gradients: Tensor) -> None:
     gradients = gradients.float()
     strength = gradients.square().sum(1)
-    dim = summary.weighted_gradients.dim()
     if not rows.is_floating_point():
-        weighted = torch.zeros(summary.inputs.shape[0], dtype=torch.float64, device=rows.device)
-        summary.weighted_inputs += weighted.index_add_(0, rows.reshape(-1), strength.double()).cpu()
-        summary.weighted_gradients += _moment(gradients, gradients, dim)
+        summary.weighted_inputs.index_add_(0, rows, strength.double())
+        _add_moment(summary.weighted_gradients, gradients, gradients)
         summary.mass += float(strength.sum(dtype=torch.float64))
         return
-    rows = rows.float()
     size = rows.square().sum(1)
-    summary.weighted_inputs += _moment(rows * strength[:, None], rows, summary.inputs.dim())
-    summary.weighted_gradients += _moment(gradients * size[:, None], gradients, dim)
+    _add_moment(summary.weighted_inputs, rows * strength[:, None], rows)
+    _add_moment(summary.weighted_gradients, gradients * size[:, None], gradients)
     summary.mass += float((strength * size).sum(dtype=torch.float64))
-    _add_captured(summary, rows[:: max(1, len(rows) // PAIR_SAMPLE)], gradients[:: max(1, len(rows) // PAIR_SAMPLE)])
 
 
 def _add_captured(summary: Summary, rows: Tensor, gradients: Tensor) -> None:
-    """Sums for `captured_share`: with K = A (x) G normalised, `<F, K>` and `|F|^2` over pairs of positions."""
-    if len(rows) < 2:
+    """Sums for `captured_share`: with K = A (x) G normalised, `<F, K>` and `|F|^2` over pairs of sampled positions."""
+    step = max(1, len(rows) // PAIR_SAMPLE)
+    rows, gradients = rows[::step], gradients[::step].float()
+    if len(rows) < 2 or not rows.is_floating_point():
         return
-    a = summary.weighted_inputs.float().to(rows.device)
-    g = summary.weighted_gradients.float().to(rows.device)
+    a, g = summary.weighted_inputs.to(rows.dtype), summary.weighted_gradients.to(rows.dtype)
     along_a = (rows * (rows * a if a.dim() == 1 else rows @ a)).sum(1)
     along_g = (gradients * (gradients * g if g.dim() == 1 else gradients @ g)).sum(1)
     share = 1 / (len(rows) * float(a.norm() * g.norm()) + 1e-300)
@@ -212,10 +226,12 @@ def _add_captured(summary: Summary, rows: Tensor, gradients: Tensor) -> None:
     summary.pairs += count
 
 
-def _moment(left: Tensor, right: Tensor, dim: int) -> Tensor:
-    """`left^T right` in float64 on the CPU, or its diagonal."""
-    product = (left * right).sum(0) if dim == 1 else left.T @ right
-    return product.double().cpu()
+def _add_moment(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left^T right` to a moment, or its diagonal to a diagonal one, in place."""
+    if total.dim() == 1:
+        total += (left * right).sum(0, dtype=torch.float64)
+    else:
+        total.addmm_(left.T, right)
 
 
 def collect(model: Model, sites: Iterable[Site], batches: Iterable[Batch], *, gradients: bool, seed: int) -> Collector:

@@ -36,16 +36,19 @@ class Summary:
     pairs: float = 0.0
 
     @classmethod
-    def zeros(cls, inputs: int, outputs: int, largest: int, diagonal_inputs: bool = False) -> Summary:
-        """An empty summary; a side longer than `largest` keeps its diagonal alone."""
+    def zeros(
+        cls, inputs: int, outputs: int, largest: int, diagonal_inputs: bool = False, device: torch.device | None = None
+    ) -> Summary:
+        """An empty summary; a side longer than `largest` keeps its diagonal alone (in float64; whole in float32)."""
 
         def moment(size: int, diagonal: bool) -> Tensor:
-            return torch.zeros(size if diagonal else (size, size), dtype=torch.float64)
+            if diagonal:
+                return torch.zeros(size, dtype=torch.float64, device=device)
+            return torch.zeros(size, size, device=device)
 
         a = diagonal_inputs or inputs > largest
-        return cls(
-            moment(inputs, a), moment(inputs, a), moment(outputs, outputs > largest), torch.zeros(inputs).double()
-        )
+        total = torch.zeros(inputs, dtype=torch.float64, device=device)
+        return cls(moment(inputs, a), moment(inputs, a), moment(outputs, outputs > largest), total)
 
     def __add__(self, other: Summary) -> Summary:
         return Summary(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -54,7 +57,8 @@ class Summary:
         """All fields as tensors to be stored; the moments in float32."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
-            k: v.float() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for k, v in values.items()
+            k: v.float().cpu() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+            for k, v in values.items()
         }
 
     @classmethod

@@ -1,12 +1,13 @@
 """Budgets, the solver, plans."""
 
 from tersor.plan.budget import Limits, parse_bytes, parse_limits
-from tersor.plan.plan import UNTOUCHED, Choice, Plan, Planner
+from tersor.plan.plan import UNTOUCHED, Choice, Interaction, Plan, Planner
 from tersor.plan.solve import Option, Solution, front, hull, solve
 
 __all__ = [
     "UNTOUCHED",
     "Choice",
+    "Interaction",
     "Limits",
     "Option",
     "Plan",

