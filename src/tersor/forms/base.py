@@ -50,6 +50,7 @@ class Operator(nn.Module):
 
     shape: Shape
     setting: Any
+    __call__: Callable[..., Tensor]
 
     def __init__(self, shape: Shape, setting: Setting) -> None:
         super().__init__()

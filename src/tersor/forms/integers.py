@@ -57,7 +57,7 @@ class IntSetting:
     @property
     def half(self) -> float:
         """The code that a symmetric grid maps to zero."""
-        return (2**self.bits - 1) / 2
+        return float(2**self.bits - 1) / 2
 
 
 class IntOperator(Operator):
@@ -208,7 +208,7 @@ def search_grid(weight: Tensor, importance: Tensor, setting: IntSetting) -> tupl
     """
     w, h = _grouped(weight, setting), _grouped(importance.to(weight), setting)
     w, h = w.nan_to_num(), torch.where(w.isnan(), 0.0, h)
-    top = 2**setting.bits - 1
+    top = 2.0**setting.bits - 1
     if setting.symmetric:
         centre, radius = torch.zeros_like(w[..., :1]), w.abs().amax(-1, keepdim=True)
     else:

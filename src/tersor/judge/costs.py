@@ -64,17 +64,18 @@ def peak_bytes(run: Callable[[], Any], module: nn.Module, device: torch.device) 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        return int(torch.cuda.max_memory_allocated(device))
+        peak: int = torch.cuda.max_memory_allocated(device)
+        return peak
     with _LiveBytes() as live:
         run()
-    return resident_bytes(module) + live.peak
+    return int(resident_bytes(module) + live.peak)
 
 
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages made by operations that are still alive, and the most there were at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 

@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tersor.errors import TersorError
+
 KINDS = ("identity", "diagonal", "input", "output", "kronecker", "input-diagonal", "fisher-input")
 
 
@@ -56,11 +58,12 @@ class Side:
         jitter = 1e-12 * moment.diagonal().mean().clamp_min(1e-30)
         eye = torch.eye(self.size, dtype=torch.float64, device=moment.device)
         for _ in range(12):
+            factor: Tensor
             factor, failed = torch.linalg.cholesky_ex(moment + jitter * eye)
             if not failed:
                 return factor
             jitter = 10 * jitter
-        raise torch.linalg.LinAlgError("a moment is not positive semi-definite")
+        raise TersorError("A second moment is not positive semi-definite; its summary is damaged: study again.")
 
     @cached_property
     def unit_lower(self) -> tuple[Tensor | None, Tensor]:
@@ -85,7 +88,8 @@ class Side:
         matrix = matrix.double()
         if self.is_diagonal:
             return matrix / self.cholesky[:, None]
-        return torch.linalg.solve_triangular(self.cholesky.T, matrix, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(self.cholesky.T, matrix, upper=True)
+        return solved
 
     def compress(self, basis: Tensor) -> Side:
         """The side that errors in the coefficients of `basis` (n, k) see: `basis^T moment basis` (k, k)."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tersor.errors import TersorError
+from tersor.models.compare import substituted
 from tersor.models.model import Batch, Model
 from tersor.models.sites import Site
 from tersor.observe.summary import Summary
@@ -39,6 +41,7 @@ class Collector(TorchFunctionMode):
         self.gradients = gradients
         self.predictions = 0
         self._masks: list[Tensor] = []
+        self._routed: Tensor | None = None
         self._batches = 0
         self._last_source: Tensor | None = None
         self._last_moment = self._last_sum = torch.empty(0)
@@ -49,16 +52,19 @@ class Collector(TorchFunctionMode):
         """Start a batch whose real positions are those where a mask (batch, length) of its shape is not zero."""
         self._masks = [m.bool() for m in masks]
         self._batches += 1
-        self._last_source = None
+        self._last_source = self._routed = None
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func in _LINEAR or func is torch.nn.functional.embedding or func in _CONVOLUTIONS or func in _PRODUCTS:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs.get("weight")
-        elif func in (torch.addmm, Tensor.addmm):
-            x, weight = args[1], args[2]
+        if func in _LINEAR or func is nn.functional.embedding or func in _CONVOLUTIONS or func in _PRODUCTS:
+            given = (*args, *(kwargs[k] for k in ("input", "mat2", "other", "weight") if k in kwargs))
+            x, weight = given[:2]
+        elif func in (torch.addmm, Tensor.addmm) and len(args) > 2:
+            x, weight = args[1:3]
         else:
+            if func is Tensor.__getitem__ and self._masks:
+                self._follow(*args)
             return output
         found = self._find(weight)
         if found is None:
@@ -92,24 +98,34 @@ class Collector(TorchFunctionMode):
     ) -> None:
         site, index, turned = found
         if index is None:  # a batched product over the whole stack: (stack, n, in) -> (stack, n, out)
-            for k in range(site.stack):
-                self._record((site, k, turned), func, x[k], output[k], args, kwargs)
+            watched = [self._watch((site, k, turned), func, x[k], args, kwargs) for k in range(site.stack)]
+            if self.gradients:
+                output.register_hook(lambda gradient: [w(g) for w, g in zip(watched, gradient, strict=True)] and None)
             return
+        watch = self._watch((site, index, turned), func, x, args, kwargs)
+        if self.gradients:
+            output.register_hook(watch)
+
+    def _watch(
+        self, found: tuple[Site, int, bool], func: Any, x: Tensor, args: Any, kwargs: Any
+    ) -> Callable[[Tensor], None]:
+        """Count the inputs of one matrix, now or with the gradient of its output, for which a function is returned."""
+        site, index, turned = found
         if func is nn.functional.embedding:
-            key, inputs, select = (site.name, index, "table"), x.detach(), self._mask(x.shape)
+            key, inputs, select = (site.name, index, "table"), x.detach(), self._mask(x.shape, site)
             rows_are_inputs, outputs = True, site.shape[1]
         elif func in _CONVOLUTIONS:
             key, select = (site.name, index, "linear"), None
             inputs, rows_are_inputs, outputs = x.detach(), False, site.shape[0]
         else:
-            key, inputs, select = (site.name, index, "linear"), x.detach(), self._mask(x.shape[:-1])
+            key, inputs, select = (site.name, index, "linear"), x.detach(), self._mask(x.shape[:-1], site)
             is_linear = (func in _LINEAR) != turned  # the weight is (out, in)
             rows_are_inputs = is_linear == (site.kind == "transposed")
             outputs = site.shape[1] if rows_are_inputs else site.shape[0]
         self.rows_are_inputs[key] = rows_are_inputs
         size = site.shape[0] if rows_are_inputs else site.shape[1]
         if key not in self.summaries:
-            self.summaries[key] = Summary.zeros(size, outputs, LARGEST_MOMENT, key[2] == "table", output.device)
+            self.summaries[key] = Summary.zeros(size, outputs, LARGEST_MOMENT, key[2] == "table", x.device)
         summary = self.summaries[key]
         unfold = _unfolder(func, args, kwargs, site)
 
@@ -118,20 +134,23 @@ class Collector(TorchFunctionMode):
             self._add_inputs(summary, rows, x if func in _LINEAR else None)
             return rows
 
-        if not self.gradients:
-            add_inputs()
-            return
-
         def on_gradient(gradient: Tensor) -> None:
             rows = add_inputs()
-            moved = gradient.flatten(2).transpose(1, 2) if func in _CONVOLUTIONS else gradient
-            gradients = _select(moved, select)
             rows = rows.float() if rows.is_floating_point() else rows
+            if func in _CONVOLUTIONS:
+                gradient = gradient.flatten(2).transpose(1, 2)
+                groups = site.parameter_shape[0] * rows.shape[0] // gradient.numel()
+                if groups > 1:
+                    _add_grouped(summary, rows, gradient.float(), groups)
+                    return
+            gradients = _select(gradient, select)
             _add_gradients(summary, rows, gradients)
             if self._batches % CAPTURED_EVERY == 1:
                 _add_captured(summary, rows, gradients)
 
-        output.register_hook(on_gradient)
+        if not self.gradients:
+            add_inputs()
+        return on_gradient
 
     def _add_inputs(self, summary: Summary, rows: Tensor, source: Tensor | None) -> None:
         """Add the moment of inputs; layers that share their input (query, key, value) share the product."""
@@ -152,12 +171,26 @@ class Collector(TorchFunctionMode):
         summary.inputs += self._last_moment
         summary.input_sum += self._last_sum
 
-    def _mask(self, shape: torch.Size) -> Tensor | None:
+    def _mask(self, shape: torch.Size, site: Site | None = None) -> Tensor | None:
         """Which positions of inputs with these leading dimensions are real; None where all are."""
+        routed = self._routed
+        if routed is not None and shape == routed.shape and (site is None or site.kind == "experts"):
+            return routed
         for mask in self._masks:
-            if shape[:2] == mask.shape[:2] and len(shape) == 2 or len(shape) == 1 and shape[0] == mask.numel():
+            if shape == mask.shape or (len(shape) == 1 and shape[0] == mask.numel()):
                 return mask.reshape(shape)
-        return None
+            if len(shape) == 2 and shape[0] == 1 and shape[1] == mask.shape[1]:  # one row for all, such as positions
+                return mask.any(0, keepdim=True)
+        return routed if routed is not None and shape == routed.shape else None
+
+    def _follow(self, x: Any, index: Any) -> None:
+        """Positions picked by number, as a router does: remember which of those picked are real."""
+        if isinstance(index, tuple) and len(index) == 2 and index[0] is None:
+            index = index[1]
+        if isinstance(index, Tensor) and index.dtype == torch.long and index.dim() == 1 and isinstance(x, Tensor):
+            mask = next((m for m in self._masks if x.dim() == 2 and len(x) == m.numel()), None)
+            if mask is not None:
+                self._routed = mask.flatten()[index]
 
 
 def _select(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -183,7 +216,7 @@ def _unfolder(func: Any, args: Any, kwargs: Any, site: Site) -> Callable[[Tensor
     def patches(x: Tensor) -> Tensor:
         x = nn.functional.pad(x if x.dim() == 4 else x[:, :, None, :], sides)
         unfolded = nn.functional.unfold(x, kernel, dilation, margin, stride).transpose(1, 2)
-        return unfolded if groups == 1 else unfolded.reshape(*unfolded.shape[:2], groups, -1).mean(2)
+        return unfolded if groups == 1 else unfolded.reshape(*unfolded.shape[:2], groups, -1)
 
     return patches
 
@@ -205,6 +238,20 @@ def _add_gradients(summary: Summary, rows: Tensor, gradients: Tensor) -> None:
     size = rows.square().sum(1)
     _add_moment(summary.weighted_inputs, rows * strength[:, None], rows)
     _add_moment(summary.weighted_gradients, gradients * size[:, None], gradients)
+    summary.mass += float((strength * size).sum(dtype=torch.float64))
+
+
+def _add_grouped(summary: Summary, rows: Tensor, gradients: Tensor, groups: int) -> None:
+    """A grouped convolution: each group of a position has inputs (n groups, in) and outputs (n, groups out)."""
+    gradients = gradients.reshape(len(rows) // groups, groups, -1)
+    strength = gradients.square().sum(2).flatten()
+    size = rows.square().sum(1)
+    _add_moment(summary.weighted_inputs, rows * strength[:, None], rows)
+    blocks = torch.einsum("ngo,ngp->gop", gradients * size.view(-1, groups, 1), gradients)
+    if summary.weighted_gradients.dim() == 1:
+        summary.weighted_gradients += blocks.diagonal(dim1=1, dim2=2).flatten()
+    else:
+        summary.weighted_gradients += torch.block_diag(*blocks)
     summary.mass += float((strength * size).sum(dtype=torch.float64))
 
 
@@ -244,10 +291,10 @@ def collect(model: Model, sites: Iterable[Site], batches: Iterable[Batch], *, gr
     collector = Collector(model, sites, gradients=gradients)
     generator = torch.Generator(model.device).manual_seed(seed)
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             collector.begin(model.masks(batch))
             with torch.set_grad_enabled(gradients), collector:
-                output = model.outputs(batch)
+                output = _outputs(model, batch, number)
             collector.predictions += output.shape[0]
             if gradients:
                 model.divergence.probe(output, generator).backward()
@@ -255,6 +302,32 @@ def collect(model: Model, sites: Iterable[Site], batches: Iterable[Batch], *, gr
         module.train(training)
         for parameter, flag in required:
             parameter.requires_grad_(flag)
-    for summary in collector.summaries.values():
+    for (name, *_), summary in collector.summaries.items():
         summary.predictions = collector.predictions
+        if not (summary.weighted_gradients.isfinite().all() and summary.inputs.isfinite().all()):
+            raise TersorError(f"The model gives NaN or infinite values at {name} on the calibration data.")
     return collector
+
+
+def _outputs(model: Model, batch: Batch, number: int) -> Tensor:
+    """The outputs of the model; what it raises for data that do not suit it becomes a TersorError."""
+    try:
+        return model.outputs(batch)
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TersorError(f"The model failed on batch {number} of the data: {reason}.") from error
+
+
+def unseen(model: Model, sites: Iterable[Site], batch: Batch) -> list[str]:
+    """Names of the sites among those not observed that the model uses nevertheless, in a way that cannot be watched.
+
+    With a weight at zero, the outputs for `batch` change if, and only if, something reads it.
+    """
+    with torch.no_grad():
+        before = model.outputs(batch)
+        found = []
+        for site in sites:
+            with substituted(model, site, torch.zeros(site.stack, *site.shape, device=model.device)):
+                if not torch.equal(before, model.outputs(batch)):
+                    found.append(site.name)
+    return found

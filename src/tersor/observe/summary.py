@@ -6,7 +6,9 @@ the first is the frequency of every row. Sums are kept, so summaries add; the da
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +65,10 @@ class Summary:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Summary:
-        return cls(**{f.name: tensors[f.name] if f.type == "Tensor" else float(tensors[f.name]) for f in fields(cls)})
+        values: dict[str, Any] = {
+            f.name: tensors[f.name] if f.type == "Tensor" else float(tensors[f.name]) for f in fields(cls)
+        }
+        return cls(**values)
 
     @property
     def has_gradients(self) -> bool:
@@ -71,10 +76,10 @@ class Summary:
 
     @property
     def captured_share(self) -> float:
-        """Cosine between the Fisher matrix and its Kronecker product, estimated from pairs of positions; NaN if unseen."""
+        """Cosine between the Fisher matrix and its Kronecker product, from pairs of positions; NaN if unseen."""
         if self.pair_energy <= 0:
             return float("nan")
-        return min(1.0, self.overlap / self.pairs / (self.pair_energy / self.pairs) ** 0.5)
+        return min(1.0, self.overlap / self.pairs / math.sqrt(self.pair_energy / self.pairs))
 
     def metric(self, kind: str, *, rows_are_inputs: bool = False) -> Metric:
         """The undamped metric of the matrix, in nats per prediction where gradients were observed.
