@@ -28,7 +28,7 @@ from tersor.judge.judge import Judgement
 from tersor.metrics import KINDS
 from tersor.models import Batch, Divergence, Model, Site, Walk, open_model, walk
 from tersor.models.compare import Reference
-from tersor.observe import collect, store_summaries
+from tersor.observe import collect, store_summaries, unseen
 from tersor.observe.store import file_of
 from tersor.plan import UNTOUCHED, Limits, Plan, Planner, parse_limits
 from tersor.run import Run, fingerprint_of
@@ -277,7 +277,9 @@ def _observe(
         store_summaries(opened.run, opened.sites, collector, part)
     if not any(opened.run.has_tensors(file_of(s, "fit")) for s in opened.sites):
         raise TersorError("The model used none of its sites on the calibration data, so nothing was observed.")
-    opened.run.put("unused_sites", [s.name for s in opened.sites if not opened.run.has_tensors(file_of(s, "fit"))])
+    missing = [s for s in opened.sites if not opened.run.has_tensors(file_of(s, "fit"))]
+    opened.run.put("unseen_sites", unseen(opened.model, missing, fit[0]))
+    opened.run.put("unused_sites", [s.name for s in missing])
     _add_seconds(opened.run, "observe", start)
     opened.run.put("observed", True)
 

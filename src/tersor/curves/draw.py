@@ -84,11 +84,12 @@ def draw_all(
     `settings` replaces the ladder of a form, by its name, with settings given as plain values.
     """
     by_name = {site.name: site for site in sites}
+    unseen = run.get("unseen_sites", ())  # used, but not as could be watched: they stay as they are
 
     def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
         for site in sorted(sites, key=lambda s: -s.parameters):
             missing = [name for name in forms if not run.is_drawn(site.name, name)]
-            if missing:
+            if missing and site.name not in unseen:
                 yield site.name, partial(_arguments, run, model, site, missing, settings)
 
     for name, curves in map_units(draw_unit, units(), workers):

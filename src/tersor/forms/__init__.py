@@ -13,8 +13,8 @@ from tersor.forms.sums import SumForm, SumSetting
 
 
 def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
-    for bits in (2, 3, 4):
-        for rank in (4, 8, 16, 32):
+    for bits in (2, 3):
+        for rank in (8, 32):
             if rank * sum(shape) * 4 < shape[0] * shape[1]:
                 yield IntSetting(bits, 128), LowRankSetting(rank, 8)
 

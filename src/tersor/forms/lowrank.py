@@ -79,7 +79,7 @@ class LowRankForm:
 
     name = "lowrank"
 
-    def __init__(self, factor_bits: tuple[int | None, ...] = (None, 8, 4)) -> None:
+    def __init__(self, factor_bits: tuple[int | None, ...] = (None, 4)) -> None:
         self.factor_bits = factor_bits
 
     def settings(self, shape: Shape) -> Iterable[LowRankSetting]:
