@@ -1,0 +1,1 @@
+"""What was found, for people: tables in the terminal and one page of HTML."""
