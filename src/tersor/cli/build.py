@@ -1,0 +1,52 @@
+"""`tersor build`: fit a plan of a study and write the small model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.cli import options as o
+from tersor.cli.console import give, progress_shown
+from tersor.errors import TersorError
+
+EXAMPLE = "tersor build demo/small.run --budget 10% --out demo/smaller"
+
+
+def build(
+    run: o.RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the small model goes.")],
+    plan: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A plan of `tersor plan`.", rich_help_panel=o.BUDGET)
+    ] = None,
+    budget: o.Budget = None,
+    divergence: o.DivergenceLimit = None,
+    memory_budget: o.MemoryBudget = None,
+    flops_budget: o.FlopsBudget = None,
+    forms: o.Forms = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Fit a plan and write the small model; the plan is one made before, or the best one under a budget."""
+    limits = o.given(memory_budget=memory_budget, flops_budget=flops_budget, divergence=divergence)
+    if plan is not None and (budget or limits):
+        raise TersorError("Give either --plan or a budget, not both.")
+    with progress_shown(as_json=as_json, quiet=quiet) as progress:
+        from tersor import steps
+        from tersor.build.build import check_target
+
+        check_target(out)
+        opened = steps.open_run(run)
+        if plan is None:
+            made = steps.plan_run(opened, budget, forms=o.names_of(forms), **limits)
+        else:
+            made = steps.plan_named(opened, plan)
+        steps.build_plan(steps.reopen(run, device), made, out, progress=progress)
+    from tersor.report.account import account_of_artifact
+    from tersor.report.tables import account_tables
+
+    account = account_of_artifact(out)
+    value = {"out": out, **account.as_json()}
+    give(value, *account_tables(account), f"Written to {out}.", as_json=as_json, quiet=quiet)
