@@ -130,7 +130,7 @@ def test_what_a_method_decides_cannot_be_given(tmp_path: Path) -> None:
 
 def test_a_run_folder_of_another_ladder_is_refused(tmp_path: Path) -> None:
     run("rtn", tmp_path / "a", "20%", run=tmp_path / "run")
-    with pytest.raises(TersorError, match="another settings"):
+    with pytest.raises(TersorError, match="other settings"):
         run("rtn-search", tmp_path / "b", "20%", run=tmp_path / "run")
 
 

@@ -119,7 +119,7 @@ def _fits(planner: Planner, limits: Limits, solution: Solution) -> bool:
         (stored, limits.stored),
         (resident, limits.resident),
         (solution.total("flops"), limits.flops),
-        (solution.total("divergence"), limits.divergence),
+        (planner.interaction.whole(solution.total("divergence")), limits.divergence),
         (bits, limits.bits),
     )
     return all(limit is None or value <= limit for value, limit in of)
