@@ -20,7 +20,7 @@ LADDER = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class Damping:
-    """Shares of the mean diagonal added to the moment of the inputs, of the output gradients, of a table's frequencies."""
+    """Shares of the mean diagonal added to the moment of inputs, of output gradients, of a table's frequencies."""
 
     inputs: float = 0.03
     gradients: float = 0.3

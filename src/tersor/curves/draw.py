@@ -25,7 +25,7 @@ from tersor.observe import load_metrics
 from tersor.observe.store import file_of
 from tersor.run import Run
 
-DAMPING_SITES = 6
+DAMPING_SITES = 4
 PROBE = IntSetting(4, 64)
 UNUSED = IntSetting(4, 64, rounding="nearest")
 Report = Callable[[str], Any]
@@ -105,7 +105,7 @@ def _arguments(run: Run, model: Model, site: Site, missing: list[str], settings:
 def draw_unit(
     weights: Tensor, metrics: list[Metric], forms: list[str], settings: Ladders | None = None
 ) -> dict[str, tuple[list[Candidate], float]]:
-    """The curves of one site by form, each with the seconds it took; a site that was not used has one safe candidate."""
+    """The curves of one site by form, each with the seconds it took; a site not used has one safe candidate."""
     if metrics[0].scale == 0.0:
         shape = (weights.shape[1], weights.shape[2])
         unused = Candidate("int", UNUSED, _times(cost_of(FORMS["int"], shape, UNUSED), len(weights)), 0.0)

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, from_bits
+from tersor.forms.base import Candidate, Operator, Shape, bits_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, pack, packed_width, unpack
-from tersor.forms.rounding import round_with_feedback
+from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.metrics import Metric
 
 ROUNDINGS = ("nearest", "feedback", "two-sided")
-BATCH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class IntSetting:
 
 
 class IntOperator(Operator):
-    """Packed codes (rows, bytes); scales and zeros per group, in 16-bit floats or 8-bit codes of a tensor-wide range."""
+    """Packed codes (rows, bytes); scales and zeros of groups, 16-bit floats or 8-bit codes of a range of the tensor."""
 
     setting: IntSetting
     codes: Tensor
@@ -148,56 +147,26 @@ class IntForm:
 
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[IntSetting] | None = None) -> list[Candidate]:
         shape: Shape = (weight.shape[0], weight.shape[1])
-        ladder = list(self.settings(shape) if settings is None else settings)
-        operators = self.fit_all(weight, metric, ladder)
-        return [
-            Candidate(self.name, s, cost_of(self, shape, s), metric.distance(weight.float() - o.dense()))
-            for s, o in zip(ladder, operators, strict=True)
-        ]
+        ladder = self.settings(shape) if settings is None else settings
+        return [fitted_candidate(self, weight, metric, setting)[1] for setting in ladder]
 
     def fit(self, weight: Tensor, metric: Metric, setting: IntSetting) -> IntOperator:
-        return self.fit_all(weight, metric, [setting])[0]
-
-    def fit_all(self, weight: Tensor, metric: Metric, settings: list[IntSetting]) -> list[IntOperator]:
-        """Fit several settings, as many at once as share a rounding and fit in `BATCH_BYTES`."""
         weight = weight.detach().float()
-        batch = max(1, BATCH_BYTES // (weight.numel() * 40))
-        done: dict[IntSetting, IntOperator] = {}
-        for rounding in ROUNDINGS:
-            chosen = [s for s in settings if s.rounding == rounding]
-            for start in range(0, len(chosen), batch):
-                part = chosen[start : start + batch]
-                done.update(zip(part, _fit_batch(weight, metric, part), strict=True))
-        return [done[setting] for setting in settings]
-
-
-def _fit_batch(weight: Tensor, metric: Metric, settings: list[IntSetting]) -> list[IntOperator]:
-    shape: Shape = (weight.shape[0], weight.shape[1])
-    (lower_rows, pivot_rows), (lower_columns, pivot_columns) = metric.rows.unit_lower, metric.columns.unit_lower
-    if settings[0].rounding == "nearest":
-        lower_rows = lower_columns = None
-        pivot_rows, pivot_columns = metric.rows.diagonal, metric.columns.diagonal
-    elif settings[0].rounding == "feedback":
-        lower_rows, pivot_rows = None, metric.rows.diagonal
-    importance = torch.outer(_relative(pivot_rows), _relative(pivot_columns))
-    operators, grids = [], []
-    for setting in settings:
+        shape: Shape = (weight.shape[0], weight.shape[1])
+        (lower_rows, pivot_rows), (lower_columns, pivot_columns) = metric.rows.unit_lower, metric.columns.unit_lower
+        if setting.rounding == "nearest":
+            lower_rows = lower_columns = None
+            pivot_rows, pivot_columns = metric.rows.diagonal, metric.columns.diagonal
+        elif setting.rounding == "feedback":
+            lower_rows, pivot_rows = None, metric.rows.diagonal
+        importance = torch.outer(_relative(pivot_rows), _relative(pivot_columns))
         operator = IntOperator(shape, setting).to(weight.device)
         operator.set_grid(*search_grid(weight, importance, setting))
-        operators.append(operator)
-        grids.append([_expand(g, shape, setting) for g in operator.grid()])
-    scale, zero = torch.stack([g[0] for g in grids]), torch.stack([g[1] for g in grids])
-    top = torch.tensor([2.0**s.bits - 1 for s in settings], device=weight.device)[:, None, None].expand_as(scale)
-    rounded = round_with_feedback(weight.expand_as(scale), _to_grid, [scale, zero, top], lower_rows, lower_columns)
-    codes = torch.minimum((rounded / scale + zero).round().clamp_min(0), top)
-    for operator, of_one in zip(operators, codes, strict=True):
-        operator.codes = pack(of_one, operator.setting.bits)
-    return operators
-
-
-def _to_grid(target: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
-    """The nearest value of the grid `scale * (0..top - zero)`."""
-    return (torch.minimum((target / scale + zero).round().clamp_min(0), top) - zero) * scale
+        scale, zero = (_expand(g, shape, setting) for g in operator.grid())
+        grid = Grid(scale, zero, 2.0**setting.bits - 1)
+        rounded = round_with_feedback(weight, grid, lower_rows, lower_columns)
+        operator.codes = pack(grid.codes(rounded.to(weight.device)), setting.bits)
+        return operator
 
 
 def search_grid(weight: Tensor, importance: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The form `lowrank`: two thin factors, the best of their rank under the metric.
 
 The singular values of the whitened weight `L_r^T W L_c` give the error of every rank at once; under the `input` metric
-this is the principal part of the layer's outputs (P041 LORD, P047), under diagonal ones it is weighted SVD (P455, P195).
+this is the principal part of the outputs (P041 LORD, P047), under diagonal ones it is weighted SVD (P455, P195).
 Factors are 16-bit floats or themselves integers, each rounded under the metric that its errors see.
 """
 
@@ -66,12 +66,10 @@ def factorise(matrix: Tensor) -> Factorisation:
     if matrix.shape[0] > matrix.shape[1]:
         flipped = factorise(matrix.T)
         return Factorisation(flipped.right.T, flipped.values, flipped.left.T)
-    energy, left = torch.linalg.eigh(matrix @ matrix.T)
-    left = left.flip(-1)
+    left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(-1)
     projected = left.T @ matrix
-    values = energy.flip(-1).clamp_min(0).sqrt()
-    right = projected / projected.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    return Factorisation(left, values, right)
+    values = projected.norm(dim=1)  # more accurate than the square roots of the eigenvalues
+    return Factorisation(left, values, projected / values[:, None].clamp_min(1e-300))
 
 
 class LowRankForm:

@@ -26,7 +26,7 @@ class HalfOperator(Operator):
     @classmethod
     def of(cls, matrix: Tensor) -> HalfOperator:
         operator = cls((matrix.shape[0], matrix.shape[1]))
-        operator.values = bits_of(matrix)
+        operator.values = bits_of(matrix).contiguous()
         return operator
 
     def decode(self) -> Tensor:

@@ -55,14 +55,14 @@ class Side:
         if self.is_diagonal:
             return self.moment.double().clamp_min(1e-300).sqrt()
         moment = self.moment.double()
-        jitter = 1e-12 * moment.diagonal().mean().clamp_min(1e-30)
+        jitter = torch.zeros((), dtype=torch.float64, device=moment.device)
         eye = torch.eye(self.size, dtype=torch.float64, device=moment.device)
         for _ in range(12):
             factor: Tensor
             factor, failed = torch.linalg.cholesky_ex(moment + jitter * eye)
             if not failed:
                 return factor
-            jitter = 10 * jitter
+            jitter = (10 * jitter).clamp_min(1e-12 * moment.diagonal().mean().clamp_min(1e-30))
         raise TersorError("A second moment is not positive semi-definite; its summary is damaged: study again.")
 
     @cached_property

@@ -19,7 +19,7 @@ from tersor.errors import TersorError
 
 @dataclass(frozen=True)
 class Divergence:
-    """`compare(original, new)` maps outputs (predictions, ...) to (predictions,); `probe` makes a scalar of one output."""
+    """`compare(original, new)` maps outputs (predictions, ...) to (predictions,); `probe` makes a scalar of outputs."""
 
     name: str
     unit: str

@@ -1,6 +1,6 @@
 """A plan: one candidate a site, with what it is predicted to cost and to damage.
 
-Menus come from the curves in the run, with the gain of the site as a factor; leaving a site as it is is always an option.
+Menus come from the curves in the run, with the gain of the site as a factor; leaving a site alone is always an option.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ class Planner:
                     whole = least + self.fixed_bytes
                     bits = 8 * least / sum(s.parameters for s in self.sites)
                     raise UnreachableBudget(
-                        f"The budget is out of reach: the smallest plan takes {whole:,} {what} bytes ({bits:.2f} bits a weight)."
+                        f"The budget is out of reach: the smallest plan takes {whole:,} {what} bytes "
+                        f"({bits:.2f} bits a weight)."
                     )
 
     def plan_of(self, solution: Solution, name: str) -> Plan:
@@ -176,7 +177,7 @@ class Planner:
         )
 
     def uniform(self, form: str, settings: Sequence[dict[str, Any]], name: str) -> Plan:
-        """The same setting everywhere: the first of `settings` that was drawn at the site, else the site is untouched."""
+        """The same setting everywhere: the first of `settings` drawn at the site, else the site is untouched."""
         wanted = [form_named(form).setting(values) for values in settings]
         choices = []
         for site, known in zip(self.sites, self.candidates, strict=True):

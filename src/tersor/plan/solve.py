@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -64,7 +65,7 @@ def front(menus: Sequence[Menu], resource: str = "stored") -> list[Solution]:
     steps = [
         (_slope(a, b, resource), site, number)
         for site, options in enumerate(hulls)
-        for number, (a, b) in enumerate(zip(options, options[1:], strict=False), 1)
+        for number, (a, b) in enumerate(pairwise(options), 1)
     ]
     at = [0] * len(menus)
     solutions = [Solution(tuple(h[0] for h in hulls), 0.0)]

@@ -1,0 +1,187 @@
+"""The contract that every form keeps: what it promises to cost, to round-trip, to beat, and to do on inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tersor.errors import TersorError
+from tersor.forms import FORMS, Form, IntForm, IntSetting, LowRankForm, Operator, as_values, cost_of, form_named
+from tersor.metrics import Metric
+
+SHAPE = (48, 72)
+Maker = Callable[..., Metric]
+
+
+def settings_of(form: Form, shape: tuple[int, int] = SHAPE) -> list[Any]:
+    """The first, the middle and the last of the ladder."""
+    ladder = list(form.settings(shape)) or list(form.settings((256, 512)))
+    return [ladder[0], ladder[len(ladder) // 2], ladder[-1]]
+
+
+def whitened_distance(metric: Metric, weight: Tensor, operator: Operator) -> float:
+    return metric.distance(weight - operator.dense())
+
+
+def plain_rounding(weight: Tensor, metric: Metric, setting: IntSetting) -> Operator:
+    """Round to nearest between the extremes of every group, with the bytes of `setting`."""
+    values = {**as_values(setting), "rounding": "nearest", "search": False}
+    return IntForm().fit(weight, metric, IntSetting(**values))
+
+
+def plain_svd(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    return LowRankForm().fit(weight, metric.coarsened("identity"), setting)
+
+
+def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """What the sum is worth without its correction (in fewer bytes)."""
+    return form_named("int").fit(weight, metric, setting.first)
+
+
+NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
+    "int": plain_rounding,
+    "lowrank": plain_svd,
+    "int+lowrank": first_term,
+}
+CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
+each_setting = pytest.mark.parametrize(("form", "setting"), CASES)
+
+
+def test_every_form_has_a_null() -> None:
+    assert set(NULLS) == set(FORMS)
+
+
+@each_setting
+def test_bytes_are_as_promised(form: Form, setting: Any, make_metric: Maker, tmp_path: Path) -> None:
+    operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), setting)
+    state = operator.state_dict()
+    assert cost_of(form, SHAPE, setting).stored == operator.nbytes == sum(t.nbytes for t in state.values())
+    save_file(state, tmp_path / "operator.safetensors")
+    loaded = load_file(tmp_path / "operator.safetensors")
+    assert sum(t.nbytes for t in loaded.values()) == operator.nbytes
+    assert cost_of(form, SHAPE, setting).flops == operator.flops
+
+
+@each_setting
+def test_round_trip_through_a_file(form: Form, setting: Any, make_metric: Maker, tmp_path: Path) -> None:
+    operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), setting)
+    save_file(operator.state_dict(), tmp_path / "operator.safetensors")
+    again = form.empty(SHAPE, form.setting(as_values(setting)))
+    again.load_state_dict(load_file(tmp_path / "operator.safetensors"))
+    assert again.setting == setting
+    assert torch.equal(again.dense(), operator.dense())
+
+
+@each_setting
+def test_the_same_fit_twice_is_the_same_to_the_bit(form: Form, setting: Any, make_metric: Maker) -> None:
+    weight, metric = torch.randn(SHAPE), make_metric(*SHAPE)
+    first, second = (form.fit(weight.clone(), metric, setting).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@each_setting
+def test_a_fit_changes_neither_the_weight_nor_the_seed(form: Form, setting: Any, make_metric: Maker) -> None:
+    weight = torch.randn(SHAPE)
+    kept, state = weight.clone(), torch.get_rng_state()
+    form.fit(weight, make_metric(*SHAPE), setting)
+    assert torch.equal(weight, kept) and torch.equal(torch.get_rng_state(), state)
+
+
+@each_setting
+def test_it_is_no_worse_than_its_null(form: Form, setting: Any, make_metric: Maker) -> None:
+    for seed in range(3):
+        weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+        metric = make_metric(*SHAPE, seed=seed)
+        null = NULLS[form.name](weight, metric, setting)
+        fitted = form.fit(weight, metric, setting)
+        assert null.nbytes <= fitted.nbytes
+        assert whitened_distance(metric, weight, fitted) <= whitened_distance(metric, weight, null)
+
+
+@each_setting
+def test_the_curve_predicts_the_fit(form: Form, setting: Any, make_metric: Maker) -> None:
+    weight, metric = torch.randn(SHAPE), make_metric(*SHAPE)
+    (candidate,) = form.curve(weight, metric, [setting])
+    assert candidate.form == form.name and candidate.setting == setting
+    assert candidate.cost == cost_of(form, SHAPE, setting)
+    fitted = whitened_distance(metric, weight, form.fit(weight, metric, setting))
+    assert candidate.divergence == pytest.approx(fitted, rel=1e-3)
+
+
+@each_setting
+def test_forward_and_take_agree_with_dense(form: Form, setting: Any, make_metric: Maker) -> None:
+    operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), setting)
+    x, index = torch.randn(2, 5, SHAPE[1]), torch.tensor([[0, 47, 3], [3, 3, 11]])
+    assert torch.allclose(operator(x), x @ operator.dense().T, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(operator.take(index), operator.dense()[index], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolve_agrees_with_dense(form: Form, stride: int, make_metric: Maker) -> None:
+    operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), settings_of(form)[1])
+    x = torch.randn(2, 8, 7, 7)
+
+    def convolution(x: Tensor, matrix: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, matrix.reshape(-1, 8, 3, 3), stride=stride, padding=1)
+
+    assert torch.allclose(operator.convolve(x, convolution), convolution(x, operator.dense()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_and_casts(form: Form, dtype: torch.dtype, make_metric: Maker) -> None:
+    setting = settings_of(form)[-1]
+    operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), setting)
+    dense, stored = operator.dense().clone(), {k: v.clone() for k, v in operator.state_dict().items()}
+    operator.to(dtype)
+    assert all(torch.equal(v, stored[k]) and v.dtype == stored[k].dtype for k, v in operator.state_dict().items())
+    x = torch.randn(5, SHAPE[1])
+    y = operator(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.float() - x @ dense.T).norm() < 0.02 * (x @ dense.T).norm()
+    assert operator.take(torch.tensor([1, 2]), dtype).dtype == dtype
+    assert operator.dense(dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_fitted_as_their_values(form: Form, dtype: torch.dtype, make_metric: Maker) -> None:
+    weight, metric, setting = torch.randn(SHAPE).to(dtype), make_metric(*SHAPE), settings_of(form)[0]
+    assert torch.equal(form.fit(weight, metric, setting).dense(), form.fit(weight.float(), metric, setting).dense())
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("weight", [torch.zeros(SHAPE), torch.full(SHAPE, 0.25), torch.eye(*SHAPE) * 1e4])
+def test_degenerate_weights_give_finite_operators(form: Form, weight: Tensor, make_metric: Maker) -> None:
+    for setting in settings_of(form):
+        dense = form.fit(weight, make_metric(*SHAPE), setting).dense()
+        assert dense.isfinite().all()
+        assert dense.abs().max() <= 4 * weight.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_tied_operator_is_one_in_a_state(form: Form, make_metric: Maker) -> None:
+    operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), settings_of(form)[0])
+    tied = torch.nn.ModuleDict({"table": operator, "head": operator})
+    distinct = {id(t) for t in tied.state_dict(keep_vars=True).values()}
+    assert len(distinct) == len(operator.state_dict())
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_settings_survive_json_and_fit_their_shape(form: Form) -> None:
+    for shape in ((64, 64), (300, 40), (256, 512)):
+        for setting in form.settings(shape):
+            assert form.setting(as_values(setting)) == setting
+            assert cost_of(form, shape, setting).stored < 4 * shape[0] * shape[1]
+
+
+def test_an_unknown_form_offers_the_nearest() -> None:
+    with pytest.raises(TersorError, match="'lowrnk'; did you mean 'lowrank'"):
+        form_named("lowrnk")
