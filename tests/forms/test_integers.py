@@ -60,7 +60,6 @@ def test_searched_scales_beat_the_extremes(rounding: str, make_metric: Callable[
     assert metric.distance(weight - found.dense()) < metric.distance(weight - extremes.dense())
 
 
-
 @pytest.mark.parametrize(
     ("values", "named"),
     [
