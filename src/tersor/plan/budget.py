@@ -41,7 +41,7 @@ def parse_limits(
         raise TersorError(
             "Give a limit: --budget 35%, 120MB or 4.25bits, --memory-budget, --flops-budget or --divergence."
         )
-    if divergence is not None and divergence <= 0:
+    if divergence is not None and not 0 < divergence < float("inf"):
         raise TersorError(f"--divergence is {divergence}, but must be above zero.")
     bits = None
     stored = None
@@ -65,7 +65,10 @@ def parse_bytes(text: str, whole: int) -> int:
     unit = (found.group(2) or "b").lower() if found else ""
     if not found or unit not in _UNITS:
         raise TersorError(f"The budget {text!r} is not understood; write it as 35%, 120MB or 4.25bits.")
-    return int(_number(found.group(1), text) * _UNITS[unit])
+    value = _number(found.group(1), text)
+    if not found.group(2) and value < 1000:
+        raise TersorError(f"The budget {text!r} has no unit; write it as {text}%, {text}MB or {text}bits.")
+    return int(value * _UNITS[unit])
 
 
 def _flops(text: str, whole: int) -> int:

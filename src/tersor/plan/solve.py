@@ -93,6 +93,12 @@ def solve(
                 f"The budget is out of reach: {name} can be {_shown(least)} at the least, not {_shown(limit)}."
             )
     menus = [_undominated(menu, {*limits, minimise}) for menu in menus]
+    known = _on_the_front(menus, limits, minimise)
+    if known is not None:  # what costs more alone than all of a known solution is in none that is better
+        bound = known.total(minimise)
+        if bound <= 0:
+            return known
+        menus = [[o for o in menu if getattr(o, minimise) <= bound] for menu in menus]
     options = [option for menu in menus for option in menu]
     owner = np.repeat(np.arange(len(menus)), [len(menu) for menu in menus])
     columns = np.arange(len(options))
@@ -104,7 +110,7 @@ def solve(
             LinearConstraint(np.array([[getattr(o, name) for o in options]]) / scale, -np.inf, limit / scale)
         )
     cost = np.array([getattr(o, minimise) for o in options], dtype=float)
-    scale = _cost_scale(menus, minimise)
+    scale = _cost_scale(menus, minimise) if known is None else known.total(minimise)
     found = milp(
         cost / scale,
         constraints=constraints,
@@ -113,11 +119,29 @@ def solve(
         options={"time_limit": seconds, "mip_rel_gap": 1e-4},
     )
     if found.x is None:
+        if known is not None:
+            return known
         if len(limits) > 1 and found.status == 2:
             raise UnreachableBudget("No plan meets all the limits at once; loosen one of them.")
         raise TersorError(f"The solver found no plan: {found.message}")
-    picked = [options[i] for i in columns[found.x > 0.5]]
-    return Solution(tuple(picked), max(0.0, float(found.mip_gap or 0.0)))
+    picked = Solution(tuple(options[i] for i in columns[found.x > 0.5]), max(0.0, float(found.mip_gap or 0.0)))
+    if all(picked.total(name) <= limit for name, limit in limits.items()):
+        return picked
+    # HiGHS keeps a limit to one part in a million; ours hold to the byte.
+    return solve(menus, {name: limit * (1 - 2e-6) for name, limit in limits.items()}, minimise=minimise)
+
+
+def _on_the_front(menus: Sequence[Menu], limits: dict[str, float], minimise: str) -> Solution | None:
+    """The best plan on the lower convex hull that fits, its gap that to the hull at the limit; None where none fits."""
+    if minimise not in ("divergence", "stored"):
+        return None
+    fitting = []
+    for resource in (*(name for name in limits if name in RESOURCES), "stored"):
+        for solution in front(menus, resource):
+            if all(solution.total(name) <= limit for name, limit in limits.items()):
+                fitting.append(solution)
+    best = min(fitting, key=lambda s: s.total(minimise), default=None)
+    return None if best is None else Solution(best.chosen, 0.0 if best.total(minimise) <= 0 else 1.0)
 
 
 def _cost_scale(menus: Sequence[Menu], minimise: str) -> float:
