@@ -44,7 +44,7 @@ def map_units(
                     if unit is None:
                         exhausted = True
                         break
-                    with _without_main():
+                    with _without_main(), one_thread():
                         waiting[pool.submit(function, *unit[1]())] = unit[0]
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
