@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tersor.errors import TersorError
@@ -23,6 +24,10 @@ def open_model(
 
     Raises TersorError, naming what is wrong, where `source` is none of these.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TersorError(f"The device {device!r} is not at hand on this machine.") from error
     if isinstance(source, nn.Module):
         from tersor.models.module import ModuleModel
 

@@ -125,12 +125,20 @@ def open_module(
         raise TersorError(f"The factory {spec} returned {type(module).__name__}, not a torch.nn.Module.")
     if weights is not None:
         open_checkpoint(weights)
-        try:
-            module.load_state_dict(load_file(weights))
-        except RuntimeError as error:
-            raise TersorError(f"{weights} does not fit {spec}: {' '.join(str(error).split())[:300]}") from error
+        _load(module, load_file(weights), f"{weights} does not fit {spec}")
     preprocess = getattr(namespace, "preprocess", None) or _normaliser(namespace)
     return ModuleModel(module, divergence or "kl", preprocess, spec, device)
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], complaint: str) -> None:
+    state = module.state_dict()
+    for name, tensor in tensors.items():
+        if name in state and tensor.shape != state[name].shape:
+            raise TersorError(f"{complaint}: {name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
+    lacking, strange = module.load_state_dict(tensors, strict=False)
+    if lacking or strange:
+        side, names = ("the file lacks", lacking) if lacking else ("the module lacks", strange)
+        raise TersorError(f"{complaint}: {side} {names[0]}, and {len(lacking) + len(strange) - 1} other names differ.")
 
 
 def find_factory(spec: str) -> tuple[Any, Callable[[], nn.Module]]:
@@ -157,7 +165,16 @@ def _normaliser(namespace: Any) -> Callable[[np.ndarray], Tensor] | None:
     if mean is None or std is None:
         return None
     shift, scale = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
-    return lambda arrays: (_as_tensor(arrays) - shift) / scale
+
+    def normalised(arrays: np.ndarray) -> Tensor:
+        values = _as_tensor(arrays)
+        if values.dim() != 4 or values.shape[1] not in (1, shift.shape[1]):
+            raise TersorError(
+                f"The data has shape {tuple(values.shape)}, but images of {shift.shape[1]} channels are due."
+            )
+        return (values - shift) / scale
+
+    return normalised
 
 
 def _as_tensor(arrays: np.ndarray) -> Tensor:
