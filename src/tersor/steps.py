@@ -197,11 +197,16 @@ def study(
     forms = tuple(FORMS) if forms is None else tuple(forms)
     for name in forms:
         form_named(name)
-    calibration = read_data(data)
+    calibration, fresh = read_data(data), not Path(run).exists()
     opened = open_study(model, run, **options)
-    batches = list(opened.model.batches(calibration, samples, sequence_length, batch_size))
-    if not batches:
-        raise TersorError("The data gave no batch.")
+    try:
+        batches = list(opened.model.batches(calibration, samples, sequence_length, batch_size))
+        if not batches:
+            raise TersorError("The data gave no batch.")
+    except TersorError:
+        if fresh:
+            opened.run.discard()
+        raise
     opened.run.belongs_to({"calibration_data": fingerprint_of(batches), "metric": metric, "seed": seed})
     opened.run.belongs_to({"settings": _ladders_key(settings)})
     opened.run.put("source", opened.model.identity.source)
@@ -209,9 +214,14 @@ def study(
     _observe(opened, fit, check, gradients=metric != "input", seed=seed, progress=progress)
     if damping is not None:
         opened.run.put("damping", damping)
-    progress("damping", "chosen on held-back data", 0, 1)
     start = time.perf_counter()
-    settle_damping(opened.run, opened.model, opened.sites, metric)
+    settle_damping(
+        opened.run,
+        opened.model,
+        opened.sites,
+        metric,
+        lambda done, total: progress("damping", "chosen on held-back data", done, total),
+    )
     _add_seconds(opened.run, "damping", start)
     start = time.perf_counter()
     progress("draw", "curves of all sites", 0, len(opened.sites))
@@ -353,6 +363,7 @@ def compress(
     folder = Path(f"{out}.run") if run is None else Path(run)
     opened = study(model, data, folder, forms=forms, progress=progress, **options)
     limits = parse_limits(budget, whole_bytes=opened.stored_bytes, whole_flops=opened.flops, **asked)
+    progress("plan", "", 0, 0)
     if choose is None:
         plan = opened.plan_within(limits, forms, plan_name(budget, forms, **asked))
     else:

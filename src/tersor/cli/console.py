@@ -34,6 +34,7 @@ STEPS = {
     "probe": "Measuring a gain a site",
     "plan": "Planning",
     "build": "Fitting the plan",
+    "probe plans": "Measuring whole plans",
     "judge": "Judging on held-out data",
     "judge sites": "Judging every site alone",
     "report": "Writing the report",
@@ -169,15 +170,15 @@ class _Steps:
     def __call__(self, step: str, what: str, done: int, total: int) -> None:
         if step != self.step:
             self.close()
+            if what == "done":  # of a command of several steps
+                return
             self.step, self.part, self.began = step, ("", -1), time.monotonic()
-        if step not in STEPS:  # `done` of a command of several steps
-            return
         part = (what if step == "observe" else "", total)
         if part != self.part:
             self._drop()
             self.part = part
             known = total if total > 1 else None
-            self.task = self.bars.add_task(STEPS[step], total=known, count="", what="")
+            self.task = self.bars.add_task(STEPS.get(step, step), total=known, count="", what="")
         count = f"{done}/{total}" if total > 1 else ""
         self.bars.update(self.task, completed=done, count=count, what=what)
 
@@ -190,6 +191,6 @@ class _Steps:
         """End the step at work; it leaves its line if it took a second or more."""
         self._drop()
         seconds = time.monotonic() - self.began
-        if self.step in STEPS and self.step != "start" and seconds >= 1:
-            self.console.print(f"[green]✓[/] {STEPS[self.step]} [dim]{seconds:.0f} s[/]")
+        if self.step not in ("", "start") and seconds >= 1:
+            self.console.print(f"[green]✓[/] {STEPS.get(self.step, self.step)} [dim]{seconds:.0f} s[/]")
         self.step = ""

@@ -42,15 +42,21 @@ class Sample:
     table: bool
 
 
-def choose_damping(samples: list[Sample]) -> tuple[Damping, list[dict[str, Any]]]:
+def choose_damping(
+    samples: list[Sample], progress: Callable[[int, int], Any] = lambda *_: None
+) -> tuple[Damping, list[dict[str, Any]]]:
     """The damping with the least predicted divergence on held-back data, one coordinate after the other.
 
     Returns it with its evidence: for every damping tried, what the fitted part and the held-back part predict.
     """
-    chosen, evidence = Damping(), []
+    chosen = Damping()
+    evidence: list[dict[str, Any]] = []
+    linear, tables = [s for s in samples if not s.table], [s for s in samples if s.table]
+    tries = len(LADDER) * (2 * bool(linear) + bool(tables))
 
     def total(damping: Damping, members: list[Sample], fit: Callable[[Tensor, Metric], Tensor]) -> float:
         inside = outside = 0.0
+        progress(len(evidence), tries)
         for sample in members:
             error = sample.weight - fit(sample.weight, damping.apply(sample.fitted, table=sample.table))
             inside += sample.fitted.distance(error)
@@ -65,7 +71,6 @@ def choose_damping(samples: list[Sample]) -> tuple[Damping, list[dict[str, Any]]
             best = min(LADDER, key=lambda x: total(Damping(**{**values, name: x}), members, fit))
             chosen = Damping(**{**values, name: best})
 
-    linear, tables = [s for s in samples if not s.table], [s for s in samples if s.table]
     settle("inputs", linear, _integers)
     settle("gradients", linear, _integers)
     settle("frequencies", tables, _factors)

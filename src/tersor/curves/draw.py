@@ -47,7 +47,13 @@ def identity_metric(site: Site) -> Metric:
     return Metric("identity", Side(torch.ones(rows)), Side(torch.ones(columns)), 0.0)
 
 
-def settle_damping(run: Run, model: Model, sites: Sequence[Site], kind: str) -> Damping:
+def settle_damping(
+    run: Run,
+    model: Model,
+    sites: Sequence[Site],
+    kind: str,
+    progress: Callable[[int, int], Any] = lambda *_: None,
+) -> Damping:
     """Choose the damping on a few sites spread over the model and keep it, with its evidence, in the run."""
     known = run.get("damping")
     if known is not None:
@@ -65,7 +71,7 @@ def settle_damping(run: Run, model: Model, sites: Sequence[Site], kind: str) -> 
         )
         for site in picked
     ]
-    damping, evidence = choose_damping(samples)
+    damping, evidence = choose_damping(samples, progress)
     run.put("damping_evidence", evidence)
     run.put("damping", {"inputs": damping.inputs, "gradients": damping.gradients, "frequencies": damping.frequencies})
     return damping

@@ -175,9 +175,10 @@ def front_table(points: Sequence[Point], unit: str) -> Table:
 def ledger_table(rows: Sequence[tuple[str, float, float, float, float]], unit: str) -> Table:
     """Predicted and measured divergence of the worst sites, of (site, predicted, measured, low, high)."""
     ratios = sorted(value / predicted for _, predicted, value, *_ in rows if predicted > 0)
-    middle = number_text(median(ratios or [1.0]))
-    title = f"{len(rows)} sites alone, in {unit}; the median of measured / predicted is {middle}"
-    table = _table(title if ratios else "Sites alone", "site", "predicted", "measured", "ratio")
+    title = f"{len(rows)} sites alone, in {unit}"
+    if ratios:
+        title += f"; the median of measured / predicted is {median(ratios):.2f}"
+    table = _table(title, "site", "predicted", "measured", "ratio")
     for site, predicted, value, low, high in sorted(rows, key=lambda r: -r[2])[:SITES_SHOWN]:
         measured = estimate_text({"value": value, "low": low, "high": high})
         _row(table, site, number_text(predicted), measured, f"{value / predicted:.2f}" if predicted > 0 else "-")

@@ -52,6 +52,12 @@ class Run:
     def close(self) -> None:
         self._db.close()
 
+    def discard(self) -> None:
+        """Close and remove a folder in which nothing was found yet."""
+        self.close()
+        (self.folder / "run.db").unlink()
+        self.folder.rmdir()
+
     def get(self, name: str, default: Any = None) -> Any:
         rows = self._rows("SELECT value FROM facts WHERE name = ?", name)
         return json.loads(rows[0][0]) if rows else default
