@@ -20,6 +20,7 @@ from tersor.forms.packing import PLANES, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.metrics import Metric
 
+CHUNK = 1 << 17
 ROUNDINGS = ("nearest", "feedback", "two-sided")
 
 
@@ -176,6 +177,13 @@ def search_grid(weight: Tensor, importance: Tensor, setting: IntSetting) -> tupl
     codes and the closed-form least-squares scale and zero, and keeps the best of all iterates.
     """
     w, h = _grouped(weight, setting), _grouped(importance.to(weight), setting)
+    rows = max(1, CHUNK * len(w) // max(1, w.numel()))  # few enough to stay in the cache through all iterates
+    parts = [_search(*part, setting) for part in zip(w.split(rows), h.split(rows), strict=True)]
+    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+
+def _search(w: Tensor, h: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
+    """`search_grid` for weights and importances (..., groups, size), NaN where a group is short."""
     w, h = w.nan_to_num(), torch.where(w.isnan(), 0.0, h)
     top = 2.0**setting.bits - 1
     if setting.symmetric:
