@@ -1,0 +1,143 @@
+"""The commands on a tiny model: examples as written, JSON alone on stdout, silence when asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from tersor.cli import COMMANDS, app
+
+
+def words_of(example: str) -> list[str]:
+    return example.replace("\\\n", " ").split()[1:]
+
+
+EXAMPLES = {command.__name__: example for command, example in COMMANDS}
+LATER = [name for name in EXAMPLES if name != "compress"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'numpy', 'scipy', 'transformers', 'plotly', 'safetensors'}"
+    code = f"import sys, tersor.cli; found = {heavy} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_help_ends_with_the_example(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"], terminal_width=200)
+    assert result.exit_code == 0
+    end = [line.strip() for line in result.stdout.rstrip().splitlines()]
+    lines = [line.strip() for line in EXAMPLES[name].splitlines()]
+    assert end[-len(lines) :] == lines
+
+
+def test_compress_ends_with_the_judge(demo: Path) -> None:
+    shown = (demo / "compress.txt").read_text()
+    for words in (
+        "bytes on disk",
+        "divergence (nats)",
+        "as predicted",
+        "measured / predicted",
+        "perplexity",
+        "latency",
+    ):
+        assert words in shown
+    assert (demo / "demo/small/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_example_runs_as_written(name: str, tersor: Callable[..., Any]) -> None:
+    result = tersor(*words_of(EXAMPLES[name]))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip()
+    assert "Warning" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_json_alone_on_stdout(name: str, tersor: Callable[..., Any]) -> None:
+    result = tersor(*words_of(EXAMPLES[name]), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["study", "front", "plan", "show", "methods", "report"])
+def test_quiet_prints_nothing(name: str, tersor: Callable[..., Any]) -> None:
+    result = tersor(*words_of(EXAMPLES[name]), "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_front_and_plan_need_no_model(demo: Path, tersor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tersor.models.open_model", None)
+    monkeypatch.setattr("tersor.steps.open_model", None)
+    points = json.loads(tersor("front", "demo/small.run", "--json").stdout)["front"]
+    sizes, damages = [p["stored"] for p in points], [p["divergence"] for p in points]
+    assert 5 <= len(points) <= 15
+    assert sizes == sorted(sizes) and damages == sorted(damages, reverse=True)
+    assert sizes[-1] == (demo / "demo/model/model.safetensors").stat().st_size
+    made = json.loads(tersor("plan", "demo/small.run", "--budget", "12%", "--json").stdout)
+    assert made["plan"]["name"] == "12%" and made["share"] <= 0.12
+
+
+def test_plan_is_built_by_name_to_the_byte(demo: Path, tersor: Callable[..., Any]) -> None:
+    planned = json.loads(tersor("plan", "demo/small.run", "--budget", "14%", "--json").stdout)
+    result = tersor("build", "demo/small.run", "--plan", "14%", "--out", "demo/named")
+    assert result.exit_code == 0, result.stderr
+    assert (demo / "demo/named/model.safetensors").stat().st_size == planned["stored_bytes"]
+
+
+def test_forms_may_be_restricted(tersor: Callable[..., Any]) -> None:
+    arguments = ("plan", "demo/small.run", "--budget", "20%", "--forms", "int", "--json")
+    made = json.loads(tersor(*arguments).stdout)
+    assert {f["form"] for f in made["forms"]} <= {"int", "untouched"}
+    assert made["plan"]["name"] == "20%,int"
+
+
+def test_sites_alone_go_into_the_ledger(demo: Path, tersor: Callable[..., Any]) -> None:
+    from tersor.run import Run
+
+    arguments = ("--model", "demo/model", "--data", "demo/held-out.txt", "--run", "demo/small.run", "--sites", "--json")
+    found = json.loads(tersor("judge", "demo/small", *arguments).stdout)
+    assert found["sites"] and all(s["low"] <= s["measured"] <= s["high"] for s in found["sites"])
+    plan = json.loads((demo / "demo/small/tersor.json").read_text())["plan"]
+    rows = {site for name, site, *_ in Run(demo / "demo/small.run").ledger() if name == plan["name"]}
+    assert rows == {"*", *(c["site"] for c in plan["choices"] if c["form"] != "untouched")}
+
+
+def test_show_tells_bytes_damage_and_what_was_left(tersor: Callable[..., Any]) -> None:
+    for what in ("demo/small", "demo/small.run"):
+        shown = tersor("show", what).stdout
+        for words in ("→", "Bytes by form", "Most damage", "Left untouched", "of the original"):
+            assert words in shown
+
+
+def test_factory_with_weights_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    factory = "import torch\nMEAN = STD = [0.5, 0.5, 0.5]\n\ndef small():\n    return torch.nn.Sequential(\n"
+    factory += (
+        "        torch.nn.Conv2d(3, 64, 4, stride=4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 32))\n"
+    )
+    (tmp_path / "net.py").write_text(factory)
+    scope: dict[str, Any] = {}
+    exec(factory, scope)
+    save_file(scope["small"]().state_dict(), tmp_path / "net.safetensors")
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 255, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=generator.integers(0, 10, 40))
+    arguments = "compress net.py:small --weights net.safetensors --data images.npz --held-out images.npz --forms int"
+    more = "--budget 50% --out small --workers 1 --include 3 --json"
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, f"{arguments} {more}".split())
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert {s["name"] for s in found["judgement"]["scores"]} == {"agreement of top-1", "accuracy"}
+    again = CliRunner().invoke(app, ["build", "small.run", "--budget", "60%", "--out", "larger"])
+    assert again.exit_code == 0, again.stderr

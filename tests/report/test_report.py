@@ -1,0 +1,119 @@
+"""The account of a plan adds up; tables say it; the page needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+from tersor.build.layout import Layout
+from tersor.errors import TersorError
+from tersor.report import account, tables
+from tersor.report.front import front_points
+from tersor.steps import Study, build_plan, judge_artifact, plan_named, plan_run, planner_of, study
+
+
+@pytest.fixture
+def studied(
+    tmp_path: Path, conv_net: Callable[[], nn.Module], images: Callable[..., list[Any]], quick: dict[str, Any]
+) -> Study:
+    return study(conv_net(), images(), tmp_path / "run", **quick)
+
+
+def shown(*renderables: Any) -> str:
+    console = Console(file=StringIO(), width=100)
+    for renderable in renderables:
+        console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_layout_survives_json_and_counts_the_same(studied: Study) -> None:
+    layout = Layout.from_json(studied.run.get("layout"))
+    assert layout == Layout.from_json(layout.as_json())
+    assert layout.sites == studied.sites
+    made = plan_run(studied.run, "50%")
+    assert layout.file_bytes([c for c in made.choices if c.form != "untouched"]) == made.stored
+
+
+def test_account_adds_up(studied: Study) -> None:
+    made = plan_run(studied.run, "40%")
+    found = account.account_of_run(studied.run, "40%")
+    assert sum(f.sites for f in found.forms()) == len(studied.sites)
+    assert sum(f.weights for f in found.forms()) == sum(s.parameters for s in studied.sites)
+    assert sum(c.stored for c in found.approximated) + found.untouched_bytes == made.stored
+    assert sum(size for *_, size in found.reasons()) <= found.untouched_bytes
+    damages = [c.divergence for c in found.worst()]
+    assert damages == sorted(damages, reverse=True)
+
+
+def test_artifact_and_run_give_the_same_account(
+    tmp_path: Path, studied: Study, conv_net: Callable[[], nn.Module], images: Callable[..., list[Any]]
+) -> None:
+    made = plan_run(studied.run, "40%")
+    build_plan(studied, made, tmp_path / "out")
+    of_run, of_artifact = account.account_of_run(studied.run, "40%"), account.account_of_artifact(tmp_path / "out")
+    assert of_artifact.weights == of_run.weights and of_artifact.untouched == of_run.untouched
+    assert of_artifact.plan.stored == (tmp_path / "out/model.safetensors").stat().st_size == of_run.plan.stored
+    assert plan_named(studied.run, "40%") == made
+
+
+def test_points_of_the_front_fall(studied: Study) -> None:
+    points = front_points(planner_of(studied.run), studied.stored_bytes, count=6)
+    assert [p.stored for p in points] == sorted(p.stored for p in points)
+    assert points[-1].divergence == 0
+    assert all(sum(p.forms.values()) == pytest.approx(1) for p in points)
+    assert "untouched 100 %" in shown(tables.front_table(points, "nats"))
+
+
+def test_unknown_plan_names_those_there_are(studied: Study) -> None:
+    plan_run(studied.run, "40%")
+    with pytest.raises(TersorError, match="its plans are: 40%"):
+        plan_named(studied.run, "41%")
+
+
+def test_tables_speak_of_names_with_brackets(studied: Study) -> None:
+    plan_run(studied.run, "40%")
+    found = account.account_of_run(studied.run, "40%")
+    text = shown(*tables.account_tables(found))
+    assert "of the original" in text and "Left untouched" in text and "under 4096 weights" in text
+    rows = [("layers[0].[red]weight", 0.1, 0.2, 0.1, 0.3)]
+    assert "layers[0].[red]weight" in shown(tables.ledger_table(rows, "nats"))
+
+
+def test_page_needs_nothing_but_itself(
+    tmp_path: Path, studied: Study, conv_net: Callable[[], nn.Module], images: Callable[..., list[Any]]
+) -> None:
+    pytest.importorskip("plotly")
+    from tersor.report.html import write_report
+
+    write_report(studied.run, tmp_path / "before.html")
+    original = conv_net()
+    original.load_state_dict(studied.model.module.state_dict())
+    made = plan_run(studied.run, "40%")
+    build_plan(studied, made, tmp_path / "out")
+    from tersor.models import open_model
+
+    judge_artifact(open_model(original), tmp_path / "out", images(labels=True), run=studied.run)
+    studied.run.put("source", "<odd>")
+    write_report(studied.run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf8")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+    assert "<odd>" not in page and "&lt;odd&gt;" in page
+    for title in (
+        "The front",
+        "Where the bytes went",
+        "Damage by site",
+        "Predicted against measured",
+        "Damping",
+        "Time",
+    ):
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("Plotly.newPlot(") >= 6
+    with pytest.raises(TersorError, match="does not exist"):
+        write_report(studied.run, tmp_path / "nothing/report.html")
