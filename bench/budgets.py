@@ -106,9 +106,9 @@ def _measured(opened: Study, held: Outputs, known: Reference) -> dict[str, Any]:
 
 
 def rows_at(
-    opened: Study, held: Outputs, known: Reference, budget: str, forms: list[str] | None
+    opened: Study, held: Outputs, known: Reference, budget: str, forms: list[str] | None, kept: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """The row of Tersor's plan and those of all baselines at one budget."""
+    """The row of Tersor's plan and those of all baselines at one budget; `kept` has what other budgets measured."""
     layout = Layout.from_json(opened.run.get("layout"))
     limit = int(float(budget.rstrip("%")) / 100 * opened.stored_bytes)
     start = time.perf_counter()
@@ -120,18 +120,19 @@ def rows_at(
         found = _measured(opened, held, known)
     yield {"tool": "Tersor", "bytes": plan.stored, "predicted": plan.divergence, "seconds": seconds, **found}
     for name, (kind, ladder) in BASELINES.items():
-        sized = [(layout.file_bytes(choices_of(opened, form, values)), form, values) for form, values in ladder]
-        fitting = [entry for entry in sized if entry[0] <= limit]
+        if name not in kept:
+            uniform = [choices_of(opened, form, values) for form, values in ladder]
+            kept[name] = [(layout.file_bytes(choices), choices) for choices in uniform]
+        fitting = [entry for entry in kept[name] if entry[0] <= limit]
         if not fitting:
-            least = min(size for size, *_ in sized)
+            least = min(size for size, _ in kept[name])
             yield {"tool": name, "bytes": None, "note": f"smallest is {least / opened.stored_bytes:.1%}"}
             continue
-        size, form, values = max(fitting, key=lambda e: e[0])
-        choices = choices_of(opened, form, values)
-        yield {
-            "tool": name, "bytes": size, "setting": choices[1].label,
-            **measure_uniform(opened, held, known, kind, choices),
-        }  # fmt: skip
+        size, choices = max(fitting, key=lambda entry: entry[0])
+        key = f"{name} {size}"
+        if key not in kept:
+            kept[key] = measure_uniform(opened, held, known, kind, choices)
+        yield {"tool": name, "bytes": size, "setting": choices[1].label, **kept[key]}
 
 
 def shown(row: dict[str, Any], stored: int) -> str:
@@ -166,13 +167,14 @@ def main() -> None:
         scores = known.score(opened.model)
     everything = np.arange(len(scores))
     print(f"  original: {known.score_name} {known.summarise(scores, everything):.3f}", flush=True)
-    cells = []
+    cells: list[dict[str, Any]] = []
+    kept: dict[str, Any] = {}
     forms = None if given.forms is None else given.forms.split(",")
     for budget in known.budgets:
         print(f"{budget}: bytes, share, divergence, {known.score_name}")
         try:
             rows = []
-            for row in rows_at(opened, held, known, budget, forms):
+            for row in rows_at(opened, held, known, budget, forms, kept):
                 print(shown(row, opened.stored_bytes), flush=True)
                 rows.append(row)
         except UnreachableBudget as error:

@@ -70,19 +70,17 @@ def _minilm() -> Reference:
     pairs = [r[0] for r in test], [r[1] for r in test], np.array([float(r[2]) for r in test])
 
     def score(model: Any) -> np.ndarray:
-        sides = []
-        for texts in pairs[:2]:
-            with torch.no_grad():
-                parts = [model.outputs(b).cpu() for b in model.encode_texts(texts, 128, 64)]
-            sides.append(torch.nn.functional.normalize(torch.cat(parts).double(), dim=-1))
-        return (sides[0] * sides[1]).sum(-1).numpy()
+        with torch.no_grad():
+            parts = [model.outputs(b).cpu() for b in model.encode_texts(texts, 128, 64)]
+        found = dict(zip(texts, torch.nn.functional.normalize(torch.cat(parts).double(), dim=-1), strict=True))
+        return np.array([float(found[a] @ found[b]) for a, b in zip(*pairs[:2], strict=True)])
 
-    texts = list(dict.fromkeys(pairs[0] + pairs[1]))
+    texts = sorted(dict.fromkeys(pairs[0] + pairs[1]), key=len)  # of like length, so that little is padding
     generator = np.random.default_rng(0)
     order = generator.permutation(len(sentences))
     return Reference(
         "minilm", lambda: open_model(minilm_folder()), Data("stsb train", texts=[sentences[i] for i in order]),
-        Data("stsb test", texts=texts), 2048, 1024, 128, 32, ("9%", "8%", "7%", "6%", "5%"), "STS-B Spearman x 100",
+        Data("stsb test", texts=texts[::3]), 1024, 1024, 128, 32, ("9%", "8%", "7%", "6%", "5%"), "STS-B Spearman x 100",
         score, lambda values, index: 100 * spearman(values[index], pairs[2][index]),
     )  # fmt: skip
 

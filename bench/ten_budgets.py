@@ -1,6 +1,6 @@
 """What ten budgets cost after one study, beside one: study, plan, build and write, each timed in this one run.
 
-    python bench/ten_budgets.py MODEL
+python bench/ten_budgets.py MODEL
 """
 
 from __future__ import annotations
