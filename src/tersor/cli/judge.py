@@ -10,6 +10,7 @@ import typer
 from tersor.cli import options as o
 from tersor.cli.console import give, progress_shown
 
+LEDGER = ("site", "predicted", "measured", "low", "high")
 EXAMPLE = "tersor judge demo/small --model demo/model --data demo/held-out.txt"
 
 
@@ -52,6 +53,3 @@ def judge(
     value = {**found.as_json(), "sites": [dict(zip(LEDGER, row, strict=True)) for row in ledger]}
     shown = [judgement_table(found.as_json()), *([ledger_table(ledger, found.unit)] if ledger else [])]
     give(value, *shown, as_json=as_json, quiet=quiet)
-
-
-LEDGER = ("site", "predicted", "measured", "low", "high")

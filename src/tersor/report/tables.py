@@ -83,14 +83,17 @@ def account_tables(account: Account) -> list[Any]:
         f", {_measured(account)}plan {plan.name}"
         + (f", within {100 * plan.gap:.2g} % of the best" if plan.gap > 0.001 else ""),
     )
-    forms = _table("Bytes by form", "form", "sites", "weights", "bytes", "of the file", "bits a weight", "divergence")
+    forms = _table(
+        "Bytes by form", "form", "sites", "weights", "bytes", "of the file", "bits a weight", f"{unit} alone"
+    )
     for f in account.forms():
         sizes = bytes_text(f.stored), share_text(f.stored, plan.stored), f"{f.bits:.2f}"
         _row(forms, f.form, str(f.sites), count_text(f.weights), *sizes, number_text(f.divergence))
-    worst = _table("Most damage", "site", "setting", "bytes", unit, "of all", left=2)
+    worst = _table("Most damage", "site", "setting", "bytes", f"{unit} alone", "of all", left=2)
+    alone = sum(c.divergence for c in plan.choices)  # sites interact, so the whole may be more
     for c in account.worst():
         if c.divergence > 0:
-            cells = bytes_text(c.stored), number_text(c.divergence), share_text(c.divergence, plan.divergence)
+            cells = bytes_text(c.stored), number_text(c.divergence), share_text(c.divergence, alone)
             _row(worst, c.site, c.label, *cells)
     return [head, forms, *([worst] if worst.row_count else []), *_left_alone(account)]
 
