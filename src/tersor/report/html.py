@@ -96,7 +96,7 @@ def _sections(run: Run, facts: Mapping[str, Any], accounts: Sequence[Account], s
             _section("", f"By site, plan {shown.plan.name}, in the order of the model.", figures.sites_figure(shown)),
             _section(
                 "Damage by site",
-                f"Predicted for every site alone, plan {shown.plan.name}; diamonds were measured (tersor judge --sites).",
+                f"Predicted for every site alone, plan {shown.plan.name}; diamonds: measured (tersor judge --sites).",
                 figures.damage_figure(shown, ledger),
             ),
         ]
