@@ -2,8 +2,8 @@
 
     python bench/budgets.py MODEL [--run DIR] [--forms int,lowrank,...]
 
-Baselines put one setting at every site, the largest that fits the budget: plain round-to-nearest, `feedback` (GPTQ-style,
-under the input metric), two-sided feedback, plain SVD. Everything is fitted, measured and scored in this one run.
+Baselines put one setting at every site, the largest that fits the budget: round-to-nearest, `feedback` (GPTQ-style, under
+the input metric), two-sided feedback, plain SVD. Everything is fitted, measured and scored in this one run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import NAMES, Reference, reference
 
+from models import NAMES, Reference, reference
 from tersor.build.fits import fit_choice, fits_of
 from tersor.build.interaction import applied
 from tersor.build.layout import Layout

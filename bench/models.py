@@ -80,7 +80,7 @@ def _minilm() -> Reference:
     order = generator.permutation(len(sentences))
     return Reference(
         "minilm", lambda: open_model(minilm_folder()), Data("stsb train", texts=[sentences[i] for i in order]),
-        Data("stsb test", texts=texts[::3]), 1024, 1024, 128, 32, ("9%", "8%", "7%", "6%", "5%"), "STS-B Spearman x 100",
+        Data("stsb test", texts=texts[::3]), 1024, 1024, 128, 32, ("9%", "8%", "7%", "6%", "5%"), "Spearman x 100",
         score, lambda values, index: 100 * spearman(values[index], pairs[2][index]),
     )  # fmt: skip
 
@@ -145,7 +145,8 @@ def _resnet() -> Reference:
         return np.concatenate(out)
 
     return Reference(
-        "resnet56", lambda: open_model(f"{ASSETS / 'resnet_cifar.py'}:resnet56", weights=folder / "resnet56.safetensors"),
+        "resnet56",
+        lambda: open_model(f"{ASSETS / 'resnet_cifar.py'}:resnet56", weights=folder / "resnet56.safetensors"),
         train, test, 512, 2000, 0, 64, ("16%", "13%", "10%", "8%", "6%"), "top-1 %", score,
         lambda values, index: 100 * float(values[index].mean()),
     )  # fmt: skip

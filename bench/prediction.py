@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from models import NAMES, reference
 from scipy.stats import spearmanr
 
+from models import NAMES, reference
 from tersor.build.fits import fit_choice, fits_of
 from tersor.build.interaction import applied
 from tersor.curves.draw import site_metrics
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def single_sites(opened: Study, held: Reference, count: int, seed: int = 0) -> list[dict[str, object]]:
-    """Measure `count` candidates spread over sites and forms, of those that a plan might pick (2 bits to 60 % of rank)."""
+    """Measure `count` candidates spread over sites and forms, under a fifth of the weight's bytes."""
     generator = np.random.default_rng(seed)
     sites = [s for s in opened.sites if opened.run.has_tensors(file_of(s, "fit"))]
     forms = sorted({c.form for s in sites for c in opened.run.candidates(s.name)})

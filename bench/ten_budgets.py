@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from models import NAMES, reference
 
+from models import NAMES, reference
 from tersor.steps import build_plan, open_study, study
 
 

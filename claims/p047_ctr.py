@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from _shared import Pair, Subject, asset, trial, verdict
 from torch import Tensor, nn
 
+from _shared import Pair, Subject, asset, trial, verdict
 from tersor.data import Data
 from tersor.judge.scores import auc
 from tersor.methods import method_named

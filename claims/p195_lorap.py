@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 
 from _shared import Pair, babyllama, trial, verdict
-
 from tersor.methods import method_named
 
 if __name__ == "__main__":
