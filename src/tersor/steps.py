@@ -19,7 +19,7 @@ from tersor.build.artifact import stored_dtypes
 from tersor.build.build import Built, build, check_target
 from tersor.build.interaction import measure_interaction
 from tersor.build.layout import Layout
-from tersor.curves.draw import Ladders, draw_all, probe_gain, settle_damping
+from tersor.curves.draw import Ladders, draw_all, probe_gains, settle_damping
 from tersor.data import Data, read_data, read_pairs
 from tersor.errors import TersorError
 from tersor.forms import FORMS, form_named
@@ -213,7 +213,7 @@ def study(
     fit, check = _split(batches)
     _observe(opened, fit, check, gradients=metric != "input", seed=seed, progress=progress)
     if damping is not None:
-        opened.run.put("damping", damping)
+        opened.run.belongs_to({"damping": damping})
     start = time.perf_counter()
     settle_damping(
         opened.run,
@@ -233,7 +233,7 @@ def study(
         reference = Reference(opened.model, check)
         for number, site in enumerate(opened.sites):
             progress("probe", site.name, number, len(opened.sites))
-            probe_gain(opened.run, opened.model, site, reference)
+            probe_gains(opened.run, opened.model, site, reference, forms)
         measure_interaction(
             opened.run,
             opened.model,
@@ -357,6 +357,7 @@ def compress(
     check_target(Path(out))
     asked: dict[str, Any] = {"memory_budget": memory_budget, "flops_budget": flops_budget, "divergence": max_divergence}
     parse_limits(budget, whole_bytes=1, whole_flops=1, **asked)  # what cannot be read is refused before the work
+    data = read_data(data)
     held_out = None if held_out is None else read_data(held_out)
     if pairs is not None:
         read_pairs(pairs)
@@ -371,7 +372,7 @@ def compress(
     sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
     again = None
     if sequential:
-        again = list(opened.model.batches(read_data(data), options.get("samples"), *_shape(options)))
+        again = list(opened.model.batches(data, options.get("samples"), *_shape(options)))
     judged_by = None
     if held_out is not None:
         import copy

@@ -82,8 +82,10 @@ def build(
 def _as_fitted(run: Run, plan: Plan, fits: Mapping[str, Fit]) -> Plan:
     """The plan with the divergences of its choices as they were fitted."""
 
+    forms = {c.site: c.form for c in plan.choices}
+
     def divergence(site: str) -> float:
-        return fits[site].divergence * float(run.get(f"gain/{site}", {"gain": 1.0})["gain"]) if site in fits else 0.0
+        return fits[site].divergence * run.gain(site, forms[site]) if site in fits else 0.0
 
     choices = tuple(replace(c, divergence=divergence(c.site)) for c in plan.choices)
     interaction = Interaction.of(run)

@@ -19,7 +19,7 @@ from tersor.models.sites import Site
 from tersor.plan import UNTOUCHED, Choice, Limits, Planner
 from tersor.run import Run
 
-PROBED_BITS = (3.5, 2.4)
+PROBED_BITS = (3.2, 2.3)
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def applied(run: Run, model: Model, sites: Sequence[Site], choices: Sequence[Cho
         for site in sites:
             if site.name in wanted:
                 fit = load_fit(run, site, wanted[site.name])
-                total += fit.divergence * run.get(f"gain/{site.name}", {"gain": 1.0})["gain"]
+                total += fit.divergence * run.gain(site.name, wanted[site.name].form)
                 parameter = site.parameter(model.module)
                 kept.append((parameter, parameter.data))
                 parameter.data = site.to_parameter(fit.matrices()).to(parameter.data).contiguous()

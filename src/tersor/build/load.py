@@ -13,6 +13,7 @@ from torch import nn
 
 from tersor.build.artifact import WEIGHTS, install_empty, load_weights, read_record
 from tersor.errors import TersorError
+from tersor.models.files import open_checkpoint
 
 
 def load(
@@ -48,25 +49,30 @@ def load(
 
 
 def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
-    from tersor.models.huggingface import model_class, quiet_transformers, read_config
+    from tersor.models.huggingface import model_class, quiet_transformers, read_config, refuse_mismatched
 
     config = read_config(folder)
+    open_checkpoint(folder)
     cls, _ = model_class(config)
     register()
     with quiet_transformers():
         try:
             module, info = cls.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         except TersorError:
             raise
         except Exception as error:
-            raise TersorError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(k) for k in info["mismatched_keys"])})
+            reason = " ".join(str(error).split())[:300].rstrip(".!")
+            raise TersorError(f"{folder} could not be loaded: {reason}.") from error
+    refuse_mismatched(folder / WEIGHTS, info)
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if wrong:
-        raise TersorError(
-            f"{folder / WEIGHTS} does not fit its config.json: {wrong[0]} is missing, unknown or misshapen."
-        )
+        raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: {wrong[0]} is on one side only.")
     loaded: nn.Module = module.to(device)
     return loaded.eval()
 

@@ -1,7 +1,7 @@
 """Drawing curves: for every site and form, the candidates with their exact costs and predicted divergences.
 
 What is drawn is stored in the run at once, form by form, so an interrupted study goes on where it stopped. At the end
-one probe a site is measured, and its ratio to its prediction is the gain of the site.
+one probe a form is measured at every site, and its ratio to its prediction is the gain there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
 from tersor.engine import map_units
-from tersor.forms import FORMS, Candidate, Cost, Form, IntForm, IntSetting, Operator, Shape, cost_of, form_named
+from tersor.forms import FORMS, Candidate, Cost, Form, IntSetting, Operator, Shape, cost_of, form_named
 from tersor.metrics import Metric, Side
 from tersor.models.compare import Reference, substituted
 from tersor.models.model import Model
@@ -26,7 +26,6 @@ from tersor.observe.store import file_of
 from tersor.run import Run
 
 DAMPING_SITES = 4
-PROBE = IntSetting(4, 64)
 UNUSED = IntSetting(4, 64, rounding="nearest")
 Report = Callable[[str], Any]
 Ladders = Mapping[str, Sequence[Mapping[str, Any]]]  # by the name of a form, settings as plain values
@@ -150,24 +149,28 @@ def fit_site(form: Form, weights: Tensor, metrics: list[Metric], setting: Any) -
     return [form.fit(w, m, setting) for w, m in zip(weights, metrics, strict=True)]
 
 
-def probe_gain(run: Run, model: Model, site: Site, reference: Reference, probe: IntSetting = PROBE) -> dict[str, float]:
-    """Measure one probe of a site on held-back batches: `gain` is measured over predicted, 1 where neither is seen."""
-    known = run.get(f"gain/{site.name}")
-    if known is not None:
-        return known  # type: ignore[no-any-return]
+def probe_gains(run: Run, model: Model, site: Site, reference: Reference, forms: Sequence[str]) -> None:
+    """Measure one probe a form at a site on held-back batches, and keep measured over predicted as its gain there.
+
+    `gain` is that of `int`, which forms without a probe of their own borrow; 1 where nothing is seen.
+    """
+    found = run.get(f"gain/{site.name}", {"predicted": 0.0, "measured": 0.0, "gain": 1.0, "by_form": {}})
     metrics = site_metrics(run, site)
-    found = {"predicted": 0.0, "measured": 0.0, "gain": 1.0}
-    if metrics[0].scale > 0:
+    for name in dict.fromkeys(("int", *forms)):
+        probe = form_named(name).probe(site.shape)
+        if name in found["by_form"] or probe is None or metrics[0].scale == 0:
+            continue
         weights = site.matrices(model.module)
-        operators = fit_site(IntForm(), weights.cpu(), metrics, probe)
-        rounded = torch.stack([op.dense() for op in operators])
-        predicted = sum(m.distance(w - r) for m, w, r in zip(metrics, weights.cpu(), rounded, strict=True))
-        with substituted(model, site, rounded):
+        operators = fit_site(form_named(name), weights.cpu(), metrics, probe)
+        new = torch.stack([op.dense() for op in operators])
+        predicted = sum(m.distance(w - n) for m, w, n in zip(metrics, weights.cpu(), new, strict=True))
+        with substituted(model, site, new):
             measured = reference.divergence()
         gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
-        found = {"predicted": predicted, "measured": measured, "gain": gain}
+        found["by_form"][name] = gain
+        if name == "int":
+            found |= {"predicted": predicted, "measured": measured, "gain": gain}
     run.put(f"gain/{site.name}", found)
-    return found
 
 
 def _times(cost: Cost, count: int) -> Cost:

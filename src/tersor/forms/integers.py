@@ -143,6 +143,9 @@ class IntForm:
     def setting(self, values: Mapping[str, Any]) -> IntSetting:
         return IntSetting(**values)
 
+    def probe(self, shape: Shape) -> IntSetting:
+        return IntSetting(4, 64)
+
     def empty(self, shape: Shape, setting: IntSetting) -> IntOperator:
         return IntOperator(shape, setting)
 

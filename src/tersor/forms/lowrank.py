@@ -92,6 +92,9 @@ class LowRankForm:
     def setting(self, values: Mapping[str, Any]) -> LowRankSetting:
         return LowRankSetting(**values)
 
+    def probe(self, shape: Shape) -> LowRankSetting:
+        return LowRankSetting(max(1, min(shape) // 4), 4)
+
     def empty(self, shape: Shape, setting: LowRankSetting) -> ProductOperator:
         left, right = (shape[0], setting.rank), (setting.rank, shape[1])
         if setting.bits is None:

@@ -50,6 +50,9 @@ class SumForm:
             self.first.setting(values["first"]), self.second.setting(values["second"]), values.get("alternations", 0)
         )
 
+    def probe(self, shape: Shape) -> None:
+        return None
+
     def empty(self, shape: Shape, setting: SumSetting) -> SumOperator:
         return SumOperator(self.first.empty(shape, setting.first), self.second.empty(shape, setting.second), setting)
 

@@ -288,20 +288,29 @@ def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
     with quiet_transformers():
         try:
             module, info = cls.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise TersorError(f"{folder} could not be opened as {cls.__name__}: {reason}") from error
-    wrong = sorted(str(m) for m in info["mismatched_keys"])
-    if wrong:
-        raise TersorError(f"{folder}: the shape of {wrong[0]} does not fit config.json.")
+            reason = " ".join(str(error).split())[:300].rstrip(".!")
+            raise TersorError(f"{folder} could not be opened as {cls.__name__}: {reason}.") from error
+    refuse_mismatched(folder, info)
     missing = sorted(info["missing_keys"])
     if missing:
         raise TersorError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} weights are missing).")
     if hasattr(module.config, "_experts_implementation"):
         module.config._experts_implementation = "eager"
     return module, head
+
+
+def refuse_mismatched(folder: Path, info: dict[str, Any]) -> None:
+    """Raise TersorError for the first weight whose shape in the file is not that of the model."""
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise TersorError(f"{folder}: {name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}.")
 
 
 def _pooling(folder: Path) -> str:

@@ -295,6 +295,8 @@ def collect(model: Model, sites: Iterable[Site], batches: Iterable[Batch], *, gr
             collector.begin(model.masks(batch))
             with torch.set_grad_enabled(gradients), collector:
                 output = _outputs(model, batch, number)
+            if not output.isfinite().all():
+                raise TersorError(f"The model's outputs for batch {number} of the data are NaN or infinite.")
             collector.predictions += output.shape[0]
             if gradients:
                 model.divergence.probe(output, generator).backward()

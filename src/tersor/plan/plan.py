@@ -108,8 +108,7 @@ class Planner:
         all_candidates, menus = [], []
         for site in sites:
             known = [c for c in run.candidates(site.name) if forms is None or c.form in forms]
-            gain = run.get(f"gain/{site.name}", {"gain": 1.0})["gain"]
-            scaled = tuple(replace(c, divergence=c.divergence * gain) for c in known)
+            scaled = tuple(replace(c, divergence=c.divergence * run.gain(site.name, c.form)) for c in known)
             all_candidates.append(scaled)
             menus.append(_menu(site, scaled))
         bare = size_of(()) - sum(site.nbytes + _entry_bytes(site, None) for site in sites)

@@ -140,6 +140,11 @@ class Run:
             values = form_named(form).setting(json.loads(setting))
             yield Candidate(form, values, Cost(stored, resident, flops), predicted)
 
+    def gain(self, site: str, form: str) -> float:
+        """Measured over predicted for a probe of this form at a site, or of `int` where the form has none; else 1."""
+        found = self.get(f"gain/{site}", {})
+        return float(found.get("by_form", {}).get(form, found.get("gain", 1.0)))
+
     def put_plan(self, name: str, value: dict[str, Any]) -> None:
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?, ?)", (name, json.dumps(value), time.time()))
