@@ -1,0 +1,174 @@
+"""The steps together: resumed, repeated and seeded, they give one result and do nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.build import fits
+from tersor.curves import draw
+from tersor.engine import local
+from tersor.errors import TersorError
+from tersor.steps import build_plan, compress, open_study, study
+
+Images = Callable[..., list[Any]]
+Net = Callable[[], nn.Module]
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+
+
+def batches(count: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randn(16, 64, generator=generator) for _ in range(count)]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often models are observed, sites are drawn, and candidates are fitted."""
+    from tersor import steps
+
+    calls = {"collect": 0, "draw": 0, "fit": 0}
+
+    def count(place: Any, name: str, what: str) -> None:
+        original = getattr(place, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            calls[what] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, counting)
+
+    count(steps, "collect", "collect")
+    count(draw, "draw_unit", "draw")
+    count(fits, "fit_unit", "fit")
+    return calls
+
+
+def test_nothing_is_done_twice(counted: dict[str, int], quick: dict[str, Any], tmp_path: Path) -> None:
+    first = compress(small_net(), batches(), "5bits", tmp_path / "a", run=tmp_path / "run", **quick)
+    done = dict(counted)
+    assert done["collect"] == 2 and done["draw"] == 3 and done["fit"] >= 3
+    second = compress(small_net(), batches(), "5bits", tmp_path / "b", run=tmp_path / "run", **quick)
+    assert counted == done
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1] and first.plan == second.plan
+    compress(small_net(), batches(), "4bits", tmp_path / "c", run=tmp_path / "run", **quick)
+    assert counted["collect"] == 2 and counted["draw"] == 3 and counted["fit"] <= done["fit"] + 3
+
+
+def test_a_killed_study_goes_on_where_it_stopped(
+    counted: dict[str, int], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    def dying(step: str, what: str, done: int, total: int) -> None:
+        if step == "draw" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(small_net(), batches(), tmp_path / "run", progress=dying, **quick)
+    drawn = counted["draw"]
+    resumed = study(small_net(), batches(), tmp_path / "run", **quick)
+    assert counted["collect"] == 2 and counted["draw"] == 3 and 2 <= drawn < 4
+    whole = study(small_net(), batches(), tmp_path / "other", **quick)
+    for site in whole.sites:
+        assert list(resumed.run.candidates(site.name)) == list(whole.run.candidates(site.name))
+
+
+def test_a_killed_build_does_not_fit_again(counted: dict[str, int], quick: dict[str, Any], tmp_path: Path) -> None:
+    opened = study(small_net(), batches(), tmp_path / "run", **quick)
+    plan = opened.plan("5bits")
+    before = counted["fit"]
+
+    def dying(step: str, what: str, done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(opened, plan, tmp_path / "out", progress=dying)
+    assert not (tmp_path / "out").exists()
+    halfway = counted["fit"] - before
+    build_plan(open_study(small_net(), tmp_path / "run"), plan, tmp_path / "out")
+    assert halfway >= 1 and counted["fit"] - before <= len(plan.choices)
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_one_seed_gives_one_file(gains: bool, quick: dict[str, Any], tmp_path: Path) -> None:
+    options = {**quick, "gains": gains} | ({} if not gains else {"damping": None, "forms": ("int", "lowrank")})
+    plans = [compress(small_net(), batches(), "5bits", tmp_path / n, seed=4, **options).plan for n in "ab"]
+    assert plans[0] == plans[1]
+    contents = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
+    assert contents[0] == contents[1]
+
+
+def test_the_users_seed_is_left_alone(quick: dict[str, Any], tmp_path: Path) -> None:
+    module = small_net()
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    compress(module, batches(), "5bits", tmp_path / "a", held_out=batches(), **quick)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_larger_budget_never_predicts_more_damage(quick: dict[str, Any], tmp_path: Path) -> None:
+    opened = study(small_net(), batches(), tmp_path / "run", **quick)
+    plans = [opened.plan(f"{budget}%") for budget in (16, 20, 25, 30, 40, 60, 99)]
+    divergences = [plan.divergence for plan in plans]
+    assert all(b <= a * (1 + 1e-4) for a, b in pairwise(divergences))
+    for plan, budget in zip(plans, (16, 20, 25, 30, 40, 60, 99), strict=True):
+        assert plan.stored <= budget / 100 * opened.stored_bytes
+    front = opened.planner().front()
+    assert front[0][0] == min(size for size, _ in front) and front[-1][1] == 0.0
+
+
+def test_every_limit_holds(quick: dict[str, Any], tmp_path: Path) -> None:
+    opened = study(small_net(), batches(), tmp_path / "run", **quick)
+    resident = opened.plan(memory_budget="30%")
+    assert resident.resident <= 0.3 * opened.stored_bytes
+    damage = opened.plan("30%").divergence
+    smallest = opened.plan(divergence=damage * 1.01)
+    assert smallest.divergence <= damage * 1.01 and smallest.stored <= 0.3 * opened.stored_bytes
+
+
+def test_an_unreachable_budget_names_the_smallest_reachable(quick: dict[str, Any], tmp_path: Path) -> None:
+    opened = study(small_net(), batches(), tmp_path / "run", **quick)
+    with pytest.raises(TersorError, match="out of reach: the smallest plan takes") as caught:
+        opened.plan("2%")
+    named = int(next(w for w in str(caught.value).split() if w[0].isdigit()).replace(",", ""))
+    assert opened.plan(f"{named + 1}B").stored <= named + 1
+    with pytest.raises(TersorError, match="out of reach"):
+        opened.plan(f"{named - 1}B")
+
+
+def test_sequential_building_observes_the_built_prefix(quick: dict[str, Any], tmp_path: Path) -> None:
+    plain = compress(small_net(), batches(), "3.3bits", tmp_path / "a", **quick)
+    module = small_net()
+    sequential = compress(module, iter(batches()), "3.3bits", tmp_path / "b", sequential=True, **quick)  # type: ignore[arg-type]
+    assert sequential.weights_bytes == plain.weights_bytes
+    assert sequential.study.run.get("observed")
+    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in "ab"]
+    assert files[0] != files[1]
+
+
+@pytest.mark.parametrize("metric", ["identity", "diagonal", "input", "output", "kronecker"])
+def test_every_metric_makes_a_plan(metric: str, quick: dict[str, Any], tmp_path: Path) -> None:
+    result = compress(small_net(), batches(), "5bits", tmp_path / "a", metric=metric, **quick)
+    assert result.study.run.get("metric") == metric
+    assert 0 < result.plan.divergence < 100
+
+
+def test_one_batch_is_enough(quick: dict[str, Any], tmp_path: Path) -> None:
+    assert compress(small_net(), batches(1), "5bits", tmp_path / "a", **quick).weights_bytes > 0
+
+
+def test_workers_of_the_engine_agree(quick: dict[str, Any], tmp_path: Path) -> None:
+    assert local.map_units is draw.map_units
+    runs = [study(small_net(), batches(), tmp_path / str(n), **{**quick, "workers": n}) for n in (1, 2)]
+    for site in runs[0].sites:
+        assert list(runs[0].run.candidates(site.name)) == list(runs[1].run.candidates(site.name))
