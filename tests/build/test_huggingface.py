@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import tersor
-from conftest import configurations
 from tersor.build import operators_of
 from tersor.steps import Result, compress
+from tiny_models import configurations
 
 transformers = pytest.importorskip("transformers")
 TIED = {"llama-tied": "lm_head", "gpt2": "lm_head", "qwen3": "lm_head", "gemma": "lm_head", "t5": "lm_head",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import configurations
 from tersor.models import open_model, walk
 from tersor.models.files import file_bytes
 from tersor.models.module import ModuleModel
+from tiny_models import configurations
 
 KINDS = {
     "gpt2": {"table", "transposed"},
