@@ -2,8 +2,8 @@
 
     python bench/budgets.py MODEL [--run DIR] [--forms int,lowrank,...]
 
-Baselines put one setting at every site, the largest that fits the budget: round-to-nearest, `feedback` (GPTQ-style, under
-the input metric), two-sided feedback, plain SVD. Everything is fitted, measured and scored in this one run.
+Baselines put one setting at every site, the largest that fits the budget: round-to-nearest, `feedback` (GPTQ-style,
+under the input metric), two-sided feedback, plain SVD. Everything is fitted, measured and scored in this one run.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     original = known.summarise(scores, everything)
     target = RESULTS / f"budgets-{known.name}.json"
-    target.write_text(json.dumps({"model": known.name, "original": original, "cells": cells}, indent=1))
+    target.write_text(
+        json.dumps({"model": known.name, "bytes": opened.stored_bytes, "original": original, "cells": cells}, indent=1)
+    )
     print(f"written to {target.name}")
 
 
