@@ -21,10 +21,11 @@ SCORES = {"minilm": "STS-B Spearman x 100", "babyllama": "perplexity", "pylm": "
 HEAD = """\
 # Figures
 
-Measured on two cores, each table in one run with its rivals. The models: all-MiniLM-L6-v2 (a sentence encoder), BabyLlama
-and PyLM (language models of 0.9 and 4.6 M parameters), ResNet-56 for CIFAR-10. Shares are of the original's weights file,
-everything counted, tables included. Divergence is on held-out data: KL in nats a token or class, 1 - cosine for the
-encoder. Brackets are 95 % bootstrap intervals. Baselines put one setting at every site, the largest that fits.
+Measured on two cores, each table in one run with its rivals. The models: all-MiniLM-L6-v2 (a sentence encoder),
+BabyLlama and PyLM (language models of 0.9 and 4.6 M parameters), ResNet-56 for CIFAR-10. Shares are of the original's
+weights file, everything counted, tables included. Divergence is on held-out data: KL in nats a token or class, 1 - cosine for the
+encoder. Brackets are 95 % bootstrap intervals. Baselines put one setting at every site, tables
+included, the largest that fits.
 """
 
 
@@ -35,7 +36,6 @@ def budget_table(found: dict[str, Any]) -> Iterator[str]:
     yield f"| budget | tool | share | divergence | predicted | {SCORES[name]} |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for cell in found["cells"]:
-        whole = cell["rows"][0]["bytes"] / (float(cell["budget"].rstrip("%")) / 100)
         for row in cell["rows"]:
             if row["bytes"] is None:
                 yield f"| {cell['budget']} | {row['tool']} | cannot; {row['note']} | | | |"
@@ -44,21 +44,21 @@ def budget_table(found: dict[str, Any]) -> Iterator[str]:
             tool = f"{row['tool']}, {row['setting']}" if "setting" in row else f"**{row['tool']}**"
             predicted = f"{row['predicted']:.4f}" if "predicted" in row else ""
             yield (
-                f"| {cell['budget']} | {tool} | {row['bytes'] / whole:.1%} | {d['value']:.4f} "
-                f"[{d['low']:.4f}, {d['high']:.4f}] | {predicted} | {s['value']:.2f} [{s['low']:.2f}, {s['high']:.2f}] |"
+                f"| {cell['budget']} | {tool} | {row['bytes'] / found['bytes']:.2%} | {d['value']:.4f} "
+                f"[{d['low']:.4f}, {d['high']:.4f}] | {predicted} | {s['value']:.2f} "
+                f"[{s['low']:.2f}, {s['high']:.2f}] |"
             )
 
 
 def prediction_table(name: str, found: dict[str, Any]) -> Iterator[str]:
     rows = [r for r in found["single"] if r["measured"] > 1e-9]
     yield f"\n## {name}: predicted against measured\n"
-    yield f"`script/bench prediction {name}`. {len(rows)} candidates at single sites; ratios are measured / predicted.\n"
+    yield f"`script/bench prediction {name}`. {len(rows)} candidates at single sites; ratio: measured / predicted.\n"
     yield "| metric | rank correlation | median ratio | quartiles | int | lowrank | int+lowrank |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for kind in rows[0]["predicted"]:
-        measured, predicted = (
-            np.array([f(r) for r in rows]) for f in (lambda r: r["measured"], lambda r: r["predicted"][kind])
-        )
+        measured = np.array([r["measured"] for r in rows])
+        predicted = np.array([r["predicted"][kind] for r in rows])
         ratio = measured / np.maximum(predicted, 1e-30)
         low, middle, high = np.percentile(ratio, (25, 50, 75))
         by_form = [np.median(ratio[[r["form"] == form for r in rows]]) for form in ("int", "lowrank", "int+lowrank")]
