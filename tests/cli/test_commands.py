@@ -78,7 +78,7 @@ def test_quiet_prints_nothing(name: str, tersor: Callable[..., Any]) -> None:
 
 def test_front_and_plan_need_no_model(demo: Path, tersor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tersor.models.open_model", None)
-    monkeypatch.setattr("tersor.steps.open_model", None)
+    monkeypatch.setattr("tersor.steps.opening.open_model", None)
     points = json.loads(tersor("front", "demo/small.run", "--json").stdout)["front"]
     sizes, damages = [p["stored"] for p in points], [p["divergence"] for p in points]
     assert 5 <= len(points) <= 15

@@ -34,7 +34,7 @@ def batches(count: int = 5) -> list[torch.Tensor]:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often models are observed, sites are drawn, and candidates are fitted."""
-    from tersor import steps
+    from tersor.steps import studying
 
     calls = {"collect": 0, "draw": 0, "fit": 0}
 
@@ -47,7 +47,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(place, name, counting)
 
-    count(steps, "collect", "collect")
+    count(studying, "collect", "collect")
     count(draw, "draw_unit", "draw")
     count(fits, "fit_unit", "fit")
     return calls

@@ -1,0 +1,120 @@
+"""Building a plan of a study, and the whole way from a model to a judged artifact in one call."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor.build.build import Built, build, check_target
+from tersor.data import Data, read_data, read_pairs
+from tersor.judge.artifact import judge_artifact
+from tersor.judge.judge import Judgement
+from tersor.models import Batch, Model
+from tersor.plan import Limits, Plan, parse_limits
+from tersor.steps.opening import Progress, Study, plan_name, silent
+from tersor.steps.studying import add_seconds, study
+
+
+def build_plan(
+    opened: Study,
+    plan: Plan,
+    out: str | Path,
+    *,
+    sequential: Sequence[Batch] | None = None,
+    progress: Progress = silent,
+) -> Built:
+    """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on."""
+    start = time.perf_counter()
+    built = build(
+        opened.run,
+        opened.model,
+        opened.sites,
+        plan,
+        Path(out),
+        sequential=sequential,
+        progress=lambda what, done, total: progress("build", what, done, total),
+    )
+    opened.run.put_plan(
+        plan.name, {**plan.as_json(), "fitted_divergence": built.plan.divergence, "out": Path(out).name}
+    )
+    add_seconds(opened.run, "build", start)
+    return built
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` made: the plan as built, the bytes of its file, and what the judge measured, if asked."""
+
+    plan: Plan
+    weights_bytes: int
+    judgement: Judgement | None
+    study: Study
+
+
+def compress(
+    model: str | Path | nn.Module | Model,
+    data: str | Path | Data | Sequence[Any],
+    budget: str | None = None,
+    out: str | Path = "compressed",
+    *,
+    run: str | Path | None = None,
+    held_out: str | Path | Data | Sequence[Any] | None = None,
+    pairs: str | Path | None = None,
+    forms: Sequence[str] | None = None,
+    memory_budget: str | None = None,
+    flops_budget: str | None = None,
+    max_divergence: float | None = None,
+    sequential: bool = False,
+    judge_samples: int | None = None,
+    choose: Callable[[Study, Limits], Plan] | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Result:
+    """Study, plan, build and judge in one call. Options are those of `study`.
+
+    `choose` makes the plan from the study and the limits, where it is not the planner's. Without `held_out` nothing is
+    judged. The module given, or read, is the built one afterwards.
+    """
+    check_target(Path(out))
+    asked: dict[str, Any] = {"memory_budget": memory_budget, "flops_budget": flops_budget, "divergence": max_divergence}
+    parse_limits(budget, whole_bytes=1, whole_flops=1, **asked)  # what cannot be read is refused before the work
+    data = read_data(data)
+    held_out = None if held_out is None else read_data(held_out)
+    if pairs is not None:
+        read_pairs(pairs)
+    folder = Path(f"{out}.run") if run is None else Path(run)
+    opened = study(model, data, folder, forms=forms, progress=progress, **options)
+    limits = parse_limits(budget, whole_bytes=opened.stored_bytes, whole_flops=opened.flops, **asked)
+    progress("plan", "", 0, 0)
+    if choose is None:
+        plan = opened.plan_within(limits, forms, plan_name(budget, forms, **asked))
+    else:
+        plan = choose(opened, limits)
+    sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
+    again = None
+    if sequential:
+        again = list(opened.model.batches(data, options.get("samples"), *_shape(options)))
+    judged_by = None
+    if held_out is not None:
+        judged_by = copy.copy(opened.model)
+        judged_by.module = copy.deepcopy(opened.model.module)
+    built = build_plan(opened, plan, out, sequential=again, progress=progress)
+    judgement = None
+    if judged_by is not None and held_out is not None:
+        start = time.perf_counter()
+        judgement = judge_artifact(
+            judged_by, out, held_out, samples=judge_samples, pairs=pairs, run=opened.run, progress=progress, **sizes
+        )
+        add_seconds(opened.run, "judge", start)
+    progress("compress", "done", 1, 1)
+    return Result(built.plan, built.weights_bytes, judgement, opened)
+
+
+def _shape(options: dict[str, Any]) -> tuple[int, int]:
+    return options.get("sequence_length", 256), options.get("batch_size", 16)

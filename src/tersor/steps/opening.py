@@ -1,0 +1,151 @@
+"""Opening a model with its run folder, and planning from a run, with its model or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor.build.artifact import stored_dtypes
+from tersor.build.layout import Layout
+from tersor.errors import TersorError
+from tersor.forms import form_named
+from tersor.models import Divergence, Model, Site, Walk, open_model, walk
+from tersor.plan import Limits, Plan, Planner, parse_limits
+from tersor.run import Run
+
+Progress = Callable[[str, str, int, int], Any]
+
+
+def silent(step: str, what: str, done: int, total: int) -> None:
+    """The progress that shows nothing."""
+
+
+@dataclass
+class Study:
+    """An open study: the model with its sites, the run folder, and the planner over its curves."""
+
+    model: Model
+    walk: Walk
+    run: Run
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.walk.sites
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights of the original on disk."""
+        return self.model.identity.stored_bytes
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the original's sites for one position."""
+        return sum(2 * s.shape[0] * s.shape[1] for s in self.sites)
+
+    def planner(self, forms: Sequence[str] | None = None) -> Planner:
+        return planner_of(self.run, forms)
+
+    def plan(self, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
+        """The best plan under a budget such as `35%`, `120MB` or `4.25bits`; see `parse_limits`."""
+        return plan_run(self.run, budget, forms=forms, **limits)
+
+    def plan_within(self, limits: Limits, forms: Sequence[str] | None = None, name: str | None = None) -> Plan:
+        return _keep(self.run, self.planner(forms).plan(limits), name)
+
+
+def planner_of(run: Run, forms: Sequence[str] | None = None) -> Planner:
+    """The planner over the curves in a run; it needs no model. `forms` restricts the menus."""
+    for name in forms or ():
+        form_named(name)
+    layout = Layout.from_json(run.get("layout"))
+    return Planner.of(run, layout.sites, layout.file_bytes, forms)
+
+
+def plan_run(run: Run, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
+    """The best plan of a run under a budget such as `35%`, `120MB`, `4.25bits`; see `parse_limits` for `limits`."""
+    flops = Layout.from_json(run.get("layout")).flops
+    found = parse_limits(budget, whole_bytes=run.get("stored_bytes"), whole_flops=flops, **limits)
+    return _keep(run, planner_of(run, forms).plan(found), plan_name(budget, forms, **limits))
+
+
+def _keep(run: Run, plan: Plan, name: str | None) -> Plan:
+    plan = replace(plan, name=name or ",".join(f"{k}={v}" for k, v in plan.limits.items()) or "plan")
+    run.put_plan(plan.name, plan.as_json())
+    return plan
+
+
+def plan_name(budget: str | None, forms: Sequence[str] | None = None, **limits: Any) -> str:
+    """The limits of a plan as they were given: `35%`, `4.25bits,int`, `divergence=0.05`."""
+    parts = [budget, *(f"{k}={v}" for k, v in limits.items() if v is not None), *(forms or ())]
+    return ",".join(part for part in parts if part)
+
+
+def plan_named(run: Run, name: str) -> Plan:
+    """A plan made before; an unknown name is an error that says which there are."""
+    value = run.plan(name)
+    if value is None:
+        known = ", ".join(run.plans()) or "none yet"
+        raise TersorError(f"The run {run.folder} has no plan {name!r}; its plans are: {known}.")
+    return Plan.from_json({k: v for k, v in value.items() if k in Plan.__dataclass_fields__})
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run of a finished study; raises TersorError where there is none, or where the study was cut short."""
+    run = Run(Path(folder))
+    if run.get("studied") is None:
+        raise TersorError(f"The study in {folder} is not finished; call `tersor study` again to go on with it.")
+    return run
+
+
+def reopen(folder: str | Path, device: str = "cpu") -> Study:
+    """The study in a run folder with its model, opened again as it was the first time."""
+    run = open_run(folder)
+    opening = run.get("opening")
+    if opening is None:
+        raise TersorError(f"The study in {folder} was made of a module in memory; build from Python, with its model.")
+    run.close()
+    return open_study(opening.pop("model"), folder, device=device, create=False, **opening)
+
+
+def open_study(
+    model: str | Path | nn.Module | Model,
+    run: str | Path,
+    *,
+    weights: str | Path | None = None,
+    divergence: str | Divergence | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "cpu",
+    create: bool = True,
+) -> Study:
+    """Open a model with its run folder, which is made where there is none, and refused where it is another model's."""
+    opened = open_model(model, weights=weights, divergence=divergence, device=device)
+    found = walk(opened.module, include, exclude)
+    dtypes = stored_dtypes(opened.module, getattr(opened, "checkpoint", None))
+    sites = tuple(replace(s, dtype=dtypes.get(s.parameter_name, s.dtype)) for s in found.sites)
+    folder = Run(Path(run), create=create)
+    folder.belongs_to(
+        {
+            "model": opened.identity.fingerprint,
+            "divergence": opened.divergence.name,
+            "sites": [s.name for s in sites],
+        }
+    )
+    folder.put("layout", Layout.of(opened.module, sites, dtypes).as_json())
+    folder.put("stored_bytes", opened.identity.stored_bytes)
+    folder.put("untouched", found.untouched)
+    if isinstance(model, str | Path):
+        names = {"divergence": opened.divergence.name, "include": list(include), "exclude": list(exclude)}
+        kept = None if weights is None else str(Path(weights).resolve())
+        folder.put("opening", {"model": _absolute(str(model)), "weights": kept, **names})
+    return Study(opened, Walk(sites, found.untouched), folder)
+
+
+def _absolute(source: str) -> str:
+    """A model folder or `file.py:factory` by its full path; `package.module:factory` stays as it is."""
+    path, colon, factory = source.rpartition(":") if ".py:" in source else (source, "", "")
+    return f"{Path(path).resolve()}{colon}{factory}" if Path(path).exists() else source

@@ -1,0 +1,153 @@
+"""The study: observe a model on calibration data, draw the curves of its sites, measure what scales the predictions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor.build.interaction import measure_interaction
+from tersor.curves.draw import Ladders, draw_all, probe_gains, settle_damping
+from tersor.data import Data, read_data
+from tersor.errors import TersorError
+from tersor.forms import FORMS, form_named
+from tersor.metrics import KINDS
+from tersor.models import Batch, Model
+from tersor.models.compare import Reference
+from tersor.observe import collect, store_summaries, unseen
+from tersor.observe.store import file_of
+from tersor.run import Run, fingerprint_of
+from tersor.steps.opening import Progress, Study, open_study, silent
+
+CHECK_SHARE = 0.2
+
+
+def study(
+    model: str | Path | nn.Module | Model,
+    data: str | Path | Data | Sequence[Any],
+    run: str | Path,
+    *,
+    metric: str = "kronecker",
+    forms: Sequence[str] | None = None,
+    samples: int | None = None,
+    sequence_length: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    gains: bool = True,
+    damping: dict[str, float] | None = None,
+    settings: Ladders | None = None,
+    workers: int | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Study:
+    """Observe the model on calibration data and draw the curves of all its sites.
+
+    `metric` is one of `identity`, `diagonal`, `input`, `output`, `kronecker`; `input` needs no backward pass. One batch
+    in five is held back, to choose the damping and to measure a gain for every site. `settings` replaces the ladder of
+    a form, by its name, with settings as plain values. Raises TersorError for bad input.
+    """
+    if metric not in KINDS:
+        raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
+    forms = tuple(FORMS) if forms is None else tuple(forms)
+    for name in forms:
+        form_named(name)
+    calibration, fresh = read_data(data), not Path(run).exists()
+    opened = open_study(model, run, **options)
+    try:
+        batches = list(opened.model.batches(calibration, samples, sequence_length, batch_size))
+        if not batches:
+            raise TersorError("The data gave no batch.")
+    except TersorError:
+        if fresh:
+            opened.run.discard()
+        raise
+    opened.run.belongs_to({"calibration_data": fingerprint_of(batches), "metric": metric, "seed": seed})
+    opened.run.belongs_to({"settings": _ladders_key(settings)})
+    opened.run.put("source", opened.model.identity.source)
+    fit, check = _split(batches)
+    _observe(opened, fit, check, gradients=metric != "input", seed=seed, progress=progress)
+    if damping is not None:
+        opened.run.belongs_to({"damping": damping})
+    start = time.perf_counter()
+    settle_damping(
+        opened.run,
+        opened.model,
+        opened.sites,
+        metric,
+        lambda done, total: progress("damping", "chosen on held-back data", done, total),
+    )
+    add_seconds(opened.run, "damping", start)
+    start = time.perf_counter()
+    progress("draw", "curves of all sites", 0, len(opened.sites))
+    for number, name in enumerate(draw_all(opened.run, opened.model, opened.sites, forms, workers, settings), 1):
+        progress("draw", name, number, len(opened.sites))
+    add_seconds(opened.run, "draw", start)
+    if gains:
+        start = time.perf_counter()
+        reference = Reference(opened.model, check)
+        for number, site in enumerate(opened.sites):
+            progress("probe", site.name, number, len(opened.sites))
+            probe_gains(opened.run, opened.model, site, reference, forms)
+        measure_interaction(
+            opened.run,
+            opened.model,
+            opened.sites,
+            opened.planner(),
+            reference,
+            workers,
+            lambda what, done, total: progress("probe plans", what, done, total),
+        )
+        add_seconds(opened.run, "probe", start)
+    opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
+    progress("study", "done", 1, 1)
+    return opened
+
+
+def add_seconds(run: Run, step: str, start: float) -> None:
+    run.put(f"seconds/{step}", run.get(f"seconds/{step}", 0.0) + time.perf_counter() - start)
+
+
+def _ladders_key(settings: Ladders | None) -> str:
+    """A short name for the ladders that a study draws."""
+    if settings is None:
+        return "those of the forms"
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Every fifth batch is held back; a single batch serves both, as there is nothing else."""
+    every = round(1 / CHECK_SHARE)
+    check = batches[every - 1 :: every] or batches[-1:]
+    fit = [b for i, b in enumerate(batches) if (i + 1) % every] if len(batches) > 1 else batches
+    if len(batches) < every and len(batches) > 1:
+        fit = batches[:-1]
+    return fit, check
+
+
+def _observe(
+    opened: Study, fit: list[Batch], check: list[Batch], *, gradients: bool, seed: int, progress: Progress
+) -> None:
+    if opened.run.get("observed"):
+        return
+    start = time.perf_counter()
+    for part, batches in (("fit", fit), ("check", check)):
+
+        def reported(batches: list[Batch] = batches, part: str = part) -> Any:
+            for number, batch in enumerate(batches):
+                progress("observe", part, number, len(batches))
+                yield batch
+
+        collector = collect(opened.model, opened.sites, reported(), gradients=gradients, seed=seed)
+        store_summaries(opened.run, opened.sites, collector, part)
+    if not any(opened.run.has_tensors(file_of(s, "fit")) for s in opened.sites):
+        raise TersorError("The model used none of its sites on the calibration data, so nothing was observed.")
+    missing = [s for s in opened.sites if not opened.run.has_tensors(file_of(s, "fit"))]
+    opened.run.put("unseen_sites", unseen(opened.model, missing, fit[0]))
+    opened.run.put("unused_sites", [s.name for s in missing])
+    add_seconds(opened.run, "observe", start)
+    opened.run.put("observed", True)
