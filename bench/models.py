@@ -147,6 +147,6 @@ def _resnet() -> Reference:
     return Reference(
         "resnet56",
         lambda: open_model(f"{ASSETS / 'resnet_cifar.py'}:resnet56", weights=folder / "resnet56.safetensors"),
-        train, test, 512, 2000, 0, 64, ("16%", "13%", "10%", "8%", "6%"), "top-1 %", score,
+        train, test, 512, 1000, 0, 64, ("16%", "13%", "10%", "8%", "6%"), "top-1 %", score,
         lambda values, index: 100 * float(values[index].mean()),
     )  # fmt: skip
