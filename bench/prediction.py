@@ -110,7 +110,8 @@ def main() -> None:
         known.open(), known.calibration, run, samples=known.samples, sequence_length=known.sequence_length,
         batch_size=known.batch_size,
     )  # fmt: skip
-    batches = opened.model.batches(known.held_out, known.held_out_samples, known.sequence_length, known.batch_size)
+    samples = known.held_out_samples // 4  # seventy candidates are measured, each on all of them
+    batches = opened.model.batches(known.held_out, samples, known.sequence_length, known.batch_size)
     held = Reference(opened.model, batches)
     rows = single_sites(opened, held, given.candidates)
     summarise(rows)
