@@ -127,9 +127,12 @@ def _pylm() -> Reference:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     train, held_out = module.split()
-    order = np.random.default_rng(0).permutation(len(train))
-    # The beginning of every file only, so that the windows come from many files.
-    return _language_model("pylm", [train[i][:4000] for i in order], held_out, ("14%", "11%", "9%", "7%", "5.5%"), 256)
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(train))
+    # A piece from anywhere in every file, so that the windows come from many files and not from their heads alone.
+    starts = [int(generator.integers(0, max(1, len(text) - 4000))) for text in train]
+    pieces = [train[i][starts[i] : starts[i] + 4000] for i in order]
+    return _language_model("pylm", pieces, held_out, ("14%", "11%", "9%", "7%", "5.5%"), 256)
 
 
 def _resnet() -> Reference:

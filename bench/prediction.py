@@ -3,7 +3,8 @@
     python bench/prediction.py MODEL [--candidates 72] [--run DIR]
 
 Every candidate is fitted once under the kronecker metric; each metric then predicts its divergence, and the model with
-that one weight replaced is measured on held-out data. `kronecker + gain` uses the one probe a site of the study.
+that one weight replaced is measured on held-out data. `kronecker + gain` uses one integer probe a site, `by form` one a
+form besides.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def single_sites(opened: Study, held: Reference, count: int, seed: int = 0) -> l
             )
             for kind in KINDS
         }
-        predicted["kronecker + gain"] = predicted["kronecker"] * opened.run.get(f"gain/{site.name}")["gain"]
+        predicted["kronecker + gain"] = predicted["kronecker"] * opened.run.gain(site.name, "int")
+        predicted["kronecker + gain by form"] = predicted["kronecker"] * opened.run.gain(site.name, form)
         rows.append(
             {"site": site.name, "form": form, "label": choice.label, "measured": measured, "predicted": predicted}
         )
@@ -64,8 +66,8 @@ def single_sites(opened: Study, held: Reference, count: int, seed: int = 0) -> l
 
 def summarise(rows: list[dict[str, object]]) -> None:
     """Rank correlation, median ratio and quartiles of measured / predicted, by metric and form."""
-    print(f"{'metric':18} {'form':14} {'n':>4} {'rank corr.':>10} {'median':>8} {'quartiles':>16}")
-    for kind in (*KINDS, "kronecker + gain"):
+    print(f"{'metric':24} {'form':14} {'n':>4} {'rank corr.':>10} {'median':>8} {'quartiles':>16}")
+    for kind in (*KINDS, "kronecker + gain", "kronecker + gain by form"):
         for form in ("all", *sorted({str(r["form"]) for r in rows})):
             chosen = [r for r in rows if form in ("all", r["form"]) and r["measured"] > 1e-9]  # type: ignore[operator]
             measured = np.array([r["measured"] for r in chosen], dtype=float)
@@ -73,7 +75,7 @@ def summarise(rows: list[dict[str, object]]) -> None:
             ratio = measured / np.maximum(predicted, 1e-30)
             low, middle, high = np.percentile(ratio, (25, 50, 75))
             print(
-                f"{kind:18} {form:14} {len(chosen):4} {spearmanr(measured, predicted).statistic:10.3f} {middle:8.3f} "
+                f"{kind:24} {form:14} {len(chosen):4} {spearmanr(measured, predicted).statistic:10.3f} {middle:8.3f} "
                 f"{low:7.3f} .. {high:6.3f}"
             )
 
