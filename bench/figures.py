@@ -22,10 +22,10 @@ HEAD = """\
 # Figures
 
 Measured on two cores, each table in one run with its rivals. The models: all-MiniLM-L6-v2 (a sentence encoder),
-BabyLlama and PyLM (language models of 0.9 and 4.6 M parameters), ResNet-56 for CIFAR-10. Shares are of the original's
-weights file, everything counted, tables included. Divergence is on held-out data: KL in nats a token or class, 1 - cosine
-for the encoder. Brackets are 95 % bootstrap intervals. Baselines put one setting at every site, tables included, the
-largest that fits.
+BabyLlama and PyLM (language models of 0.9 and 4.6 M parameters), ResNet-56 for CIFAR-10. Shares are of the
+original's weights file, everything counted, tables included. Divergence is on held-out data: KL in nats a token or
+class, 1 - cosine for the encoder. Brackets are 95 % bootstrap intervals. Baselines put one setting at every site,
+tables included, the largest that fits.
 """
 
 
