@@ -42,11 +42,11 @@ def main() -> None:
     large = [name for name, found in kept.items() if len(found) >= 4]
     with (DEMO / "pairs.csv").open("w", encoding="utf8", newline="") as file:
         writer = csv.writer(file)
-        for _ in range(300):
+        for _ in range(100):
             one, other = shuffled.sample(large, 2)
             writer.writerow([*shuffled.sample(kept[one], 2), 1])
             writer.writerow([shuffled.choice(kept[one]), shuffled.choice(kept[other]), 0])
-    print(f"demo/: {len(everything) - cut} sentences to calibrate on, {cut} held out, 600 pairs")
+    print(f"demo/: {len(everything) - cut} sentences to calibrate on, {cut} held out, 200 pairs")
 
 
 if __name__ == "__main__":
