@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tersor.errors import UnreachableBudget
 from tersor.plan import Option, Solution, front, hull, solve
+from tersor.plan.solve import _nothing_on_stdout
 
 
 @st.composite
@@ -100,3 +102,10 @@ def test_more_bytes_never_do_more_damage() -> None:
     damages = [solve(menus, {"stored": limit}).total("divergence") for limit in range(1400, 5200, 90)]
     assert all(later <= earlier * (1 + 1e-4) for earlier, later in itertools.pairwise(damages))
     assert damages[-1] < 1e-3 * damages[0]
+
+
+def test_nothing_that_compiled_code_prints_reaches_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with _nothing_on_stdout():
+        os.write(1, b"a line of the solver")
+    os.write(1, b"a line of ours")
+    assert capfd.readouterr().out == "a line of ours"

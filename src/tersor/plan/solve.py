@@ -6,7 +6,10 @@ the ledger checks afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -111,13 +114,14 @@ def solve(
         )
     cost = np.array([getattr(o, minimise) for o in options], dtype=float)
     scale = _cost_scale(menus, minimise) if known is None else known.total(minimise)
-    found = milp(
-        cost / scale,
-        constraints=constraints,
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": seconds, "mip_rel_gap": 1e-4},
-    )
+    with _nothing_on_stdout():
+        found = milp(
+            cost / scale,
+            constraints=constraints,
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+        )
     if found.x is None:
         if known is not None:
             return known
@@ -142,6 +146,20 @@ def _on_the_front(menus: Sequence[Menu], limits: dict[str, float], minimise: str
                 fitting.append(solution)
     best = min(fitting, key=lambda s: s.total(minimise), default=None)
     return None if best is None else Solution(best.chosen, 0.0 if best.total(minimise) <= 0 else 1.0)
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Nothing that compiled code prints reaches the terminal: HiGHS has lines that no option of its own turns off."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _cost_scale(menus: Sequence[Menu], minimise: str) -> float:
