@@ -33,7 +33,7 @@ from tersor.models import Site
 from tersor.models.compare import Reference as Outputs
 from tersor.observe.store import file_of
 from tersor.plan import Choice
-from tersor.steps import Study, study
+from tersor.steps import Study
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = (32, 64, 128, None)
@@ -156,10 +156,7 @@ def main() -> None:
     known = reference(given.model)
     run = given.run or Path(tempfile.mkdtemp())
     start = time.perf_counter()
-    opened = study(
-        known.open(), known.calibration, run, samples=given.samples or known.samples,
-        sequence_length=known.sequence_length, batch_size=known.batch_size,
-    )  # fmt: skip
+    opened = known.study(run, given.samples)
     print(f"{known.name}: {opened.stored_bytes:,} bytes, study {time.perf_counter() - start:.0f} s", flush=True)
     batches = opened.model.batches(known.held_out, known.held_out_samples, known.sequence_length, known.batch_size)
     with torch.no_grad():

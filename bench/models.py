@@ -20,6 +20,7 @@ import torch
 from tersor.data import Data
 from tersor.judge.scores import spearman
 from tersor.models import Model, open_model
+from tersor.steps import Study, study
 
 ASSETS = Path(os.environ.get("TERSOR_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 
@@ -32,6 +33,7 @@ class Reference:
     open: Callable[[], Model]
     calibration: Data
     held_out: Data
+    check: Data | None  # unlike the calibration data, not what the model was trained on; None: a fifth of it
     samples: int
     held_out_samples: int
     sequence_length: int
@@ -40,6 +42,13 @@ class Reference:
     score_name: str
     score: Callable[[Model], np.ndarray]
     summarise: Callable[[np.ndarray, np.ndarray], float]
+
+    def study(self, run: Path, samples: int | None = None) -> Study:
+        """The study of the model in a run folder, with its own data and sizes."""
+        return study(
+            self.open(), self.calibration, run, check_data=self.check, samples=samples or self.samples,
+            sequence_length=self.sequence_length, batch_size=self.batch_size,
+        )  # fmt: skip
 
 
 def reference(name: str) -> Reference:
@@ -65,8 +74,8 @@ def _minilm() -> Reference:
         with (ASSETS / "stsb" / f"{name}.csv").open(encoding="utf8", newline="") as file:
             return [r for r in csv.reader(file) if r]
 
-    train, test = rows("train"), rows("test")
-    sentences = list(dict.fromkeys(s for r in train for s in r[:2]))
+    test = rows("test")
+    sentences, unseen = (list(dict.fromkeys(s for r in rows(part) for s in r[:2])) for part in ("train", "dev"))
     pairs = [r[0] for r in test], [r[1] for r in test], np.array([float(r[2]) for r in test])
 
     def score(model: Any) -> np.ndarray:
@@ -77,16 +86,18 @@ def _minilm() -> Reference:
 
     texts = sorted(dict.fromkeys(pairs[0] + pairs[1]), key=len)  # of like length, so that little is padding
     generator = np.random.default_rng(0)
-    order = generator.permutation(len(sentences))
+    train, dev = (
+        Data(name, texts=list(generator.permutation(t))) for name, t in (("train", sentences), ("dev", unseen))
+    )
     return Reference(
-        "minilm", lambda: open_model(minilm_folder()), Data("stsb train", texts=[sentences[i] for i in order]),
-        Data("stsb test", texts=texts[::3]), 1024, 1024, 128, 32, ("9%", "8%", "7%", "6%", "5%"), "Spearman x 100",
+        "minilm", lambda: open_model(minilm_folder()), train, Data("stsb test", texts=texts[::3]), dev,
+        1024, 1024, 128, 32, ("9%", "8%", "7%", "6%", "5%"), "Spearman x 100",
         score, lambda values, index: 100 * spearman(values[index], pairs[2][index]),
     )  # fmt: skip
 
 
 def _language_model(
-    name: str, calibration: list[str], held_out: list[str], budgets: tuple[str, ...], samples: int
+    name: str, calibration: list[str], held_out: list[str], check: Data | None, budgets: tuple[str, ...], samples: int
 ) -> Reference:
     held = Data("held out", texts=held_out)
 
@@ -104,8 +115,8 @@ def _language_model(
         return np.concatenate(out)
 
     return Reference(
-        name, lambda: open_model(ASSETS / name), Data("calibration", texts=calibration), held, samples, 128, 256, 16,
-        budgets, "perplexity", score, lambda values, index: float(np.exp(values[index].mean())),
+        name, lambda: open_model(ASSETS / name), Data("calibration", texts=calibration), held, check,
+        samples, 128, 256, 16, budgets, "perplexity", score, lambda values, index: float(np.exp(values[index].mean())),
     )  # fmt: skip
 
 
@@ -118,7 +129,7 @@ def _babyllama() -> Reference:
         ]
         for part in ("calibration", "heldout")
     ]
-    return _language_model("babyllama", *texts, ("16%", "13%", "11%", "9%", "7%"), 256)
+    return _language_model("babyllama", *texts, None, ("16%", "13%", "11%", "9%", "7%"), 256)
 
 
 def _pylm() -> Reference:
@@ -132,13 +143,19 @@ def _pylm() -> Reference:
     # A piece from anywhere in every file, so that the windows come from many files and not from their heads alone.
     starts = [int(generator.integers(0, max(1, len(text) - 4000))) for text in train]
     pieces = [train[i][starts[i] : starts[i] + 4000] for i in order]
-    return _language_model("pylm", pieces, held_out, ("14%", "11%", "9%", "7%", "5.5%"), 256)
+    unseen = Data("held-out files", texts=held_out[::4])
+    rest = [text for number, text in enumerate(held_out) if number % 4]
+    return _language_model("pylm", pieces, rest, unseen, ("14%", "11%", "9%", "7%", "5.5%"), 256)
 
 
 def _resnet() -> Reference:
     folder = ASSETS / "resnet-cifar10"
     arrays = {part: np.load(folder / f"cifar10-{part}.npz") for part in ("train4000", "jpeg-test4000")}
-    train, test = (Data(p, arrays=a["images"], labels=a["labels"]) for p, a in arrays.items())
+    images = [(a["images"], a["labels"]) for a in arrays.values()]
+    train = Data("training images", arrays=images[0][0], labels=images[0][1])
+    unseen, test = (
+        Data("test images", arrays=images[1][0][s], labels=images[1][1][s]) for s in (slice(500), slice(500, None))
+    )
 
     def score(model: Any) -> np.ndarray:
         out = []
@@ -150,6 +167,6 @@ def _resnet() -> Reference:
     return Reference(
         "resnet56",
         lambda: open_model(f"{ASSETS / 'resnet_cifar.py'}:resnet56", weights=folder / "resnet56.safetensors"),
-        train, test, 512, 1000, 0, 64, ("16%", "13%", "10%", "8%", "6%"), "top-1 %", score,
+        train, test, unseen, 512, 1000, 0, 64, ("25%", "20%", "17%", "15%", "13%"), "top-1 %", score,
         lambda values, index: 100 * float(values[index].mean()),
     )  # fmt: skip

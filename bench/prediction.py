@@ -27,7 +27,7 @@ from tersor.models.compare import Reference, substituted
 from tersor.observe import load_metrics
 from tersor.observe.store import file_of
 from tersor.plan import Choice
-from tersor.steps import Study, study
+from tersor.steps import Study
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -108,10 +108,7 @@ def main() -> None:
     given = parser.parse_args()
     known = reference(given.model)
     run = given.run or Path(tempfile.mkdtemp())
-    opened = study(
-        known.open(), known.calibration, run, samples=known.samples, sequence_length=known.sequence_length,
-        batch_size=known.batch_size,
-    )  # fmt: skip
+    opened = known.study(run)
     samples = known.held_out_samples // 4  # seventy candidates are measured, each on all of them
     batches = opened.model.batches(known.held_out, samples, known.sequence_length, known.batch_size)
     held = Reference(opened.model, batches)

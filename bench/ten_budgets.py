@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from models import NAMES, reference
-from tersor.steps import build_plan, open_study, study
+from tersor.steps import build_plan, open_study
 
 
 def main() -> None:
@@ -24,10 +24,7 @@ def main() -> None:
     largest, smallest = float(known.budgets[0].rstrip("%")), float(known.budgets[-1].rstrip("%"))
     budgets = [f"{b:.2f}%" for b in np.geomspace(largest, smallest, 10)]
     start = time.perf_counter()
-    study(
-        known.open(), known.calibration, folder / "run", samples=known.samples,
-        sequence_length=known.sequence_length, batch_size=known.batch_size,
-    )  # fmt: skip
+    known.study(folder / "run")
     studied = time.perf_counter() - start
     print(f"study {studied:.1f} s", flush=True)
     times = []

@@ -167,6 +167,22 @@ def test_one_batch_is_enough(quick: dict[str, Any], tmp_path: Path) -> None:
     assert compress(small_net(), batches(1), "5bits", tmp_path / "a", **quick).weights_bytes > 0
 
 
+def test_gains_are_measured_on_check_data(quick: dict[str, Any], tmp_path: Path) -> None:
+    """Outputs ten times as large have larger errors, so a run that is checked on such data must see larger gains."""
+
+    def gain(run: str, **options: Any) -> float:
+        opened = study(small_net(), batches(), tmp_path / run, divergence="mse", **{**quick, "gains": True}, **options)
+        return float(opened.run.gain("4", "int"))
+
+    large = [10 * batch for batch in batches(3)]
+    assert gain("large", check_data=large) > 10 * gain("same", check_data=batches(3))
+    with pytest.raises(TersorError, match="other check data"):
+        gain("large", check_data=batches(3))
+    with pytest.raises(TersorError, match=r"nowhere\.txt does not exist"):
+        gain("missing", check_data="nowhere.txt")
+    assert not (tmp_path / "missing").exists()
+
+
 def test_workers_of_the_engine_agree(quick: dict[str, Any], tmp_path: Path) -> None:
     assert local.map_units is draw.map_units
     runs = [study(small_net(), batches(), tmp_path / str(n), **{**quick, "workers": n}) for n in (1, 2)]

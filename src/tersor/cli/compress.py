@@ -43,6 +43,7 @@ def compress(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Observe inputs anew behind what is built.", rich_help_panel=o.CHOICE)
     ] = False,
+    check_data: o.CheckData = None,
     metric: o.MetricName = None,
     divergence_name: o.DivergenceName = None,
     samples: o.Samples = None,
@@ -64,6 +65,7 @@ def compress(
             held_out=held_out,
             pairs=pairs,
             forms=o.names_of(forms),
+            check_data=check_data,
             metric=metric,
             memory_budget=memory_budget,
             flops_budget=flops_budget,

@@ -26,6 +26,15 @@ Calibration = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+CheckData = Annotated[
+    str | None,
+    typer.Option(
+        "--check-data",
+        metavar="FILE[:COLUMN]",
+        help="Data the model was not trained on, to scale predictions by (default: a fifth of --data).",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Samples = Annotated[
     int | None,
     typer.Option(

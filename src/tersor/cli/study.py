@@ -21,6 +21,7 @@ def study(
     forms: o.Forms = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
+    check_data: o.CheckData = None,
     metric: o.MetricName = None,
     divergence_name: o.DivergenceName = None,
     samples: o.Samples = None,
@@ -41,6 +42,7 @@ def study(
 
         given = o.given(
             forms=o.names_of(forms),
+            check_data=check_data,
             metric=metric,
             weights=weights,
             divergence=divergence_name,

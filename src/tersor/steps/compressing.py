@@ -86,6 +86,8 @@ def compress(
     parse_limits(budget, whole_bytes=1, whole_flops=1, **asked)  # what cannot be read is refused before the work
     data = read_data(data)
     held_out = None if held_out is None else read_data(held_out)
+    if options.get("check_data") is not None:
+        options["check_data"] = read_data(options["check_data"])
     if pairs is not None:
         read_pairs(pairs)
     folder = Path(f"{out}.run") if run is None else Path(run)
