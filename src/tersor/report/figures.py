@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tersor.curves.limit import Limit
 from tersor.forms import FORMS
 from tersor.plan import UNTOUCHED, Plan
 from tersor.report.account import Account
@@ -43,9 +44,14 @@ def _figure(x: str, y: str, height: int = 420, **layout: Any) -> go.Figure:
 
 
 def front_figure(
-    front: Sequence[tuple[int, float]], plans: Sequence[Plan], ledger: Ledger, original: int, unit: str
+    front: Sequence[tuple[int, float]],
+    plans: Sequence[Plan],
+    ledger: Ledger,
+    original: int,
+    unit: str,
+    limit: Limit | None = None,
 ) -> go.Figure:
-    """The front with the plans on it and what was measured of them."""
+    """The front with the plans on it, what was measured of them, and the limit below."""
     figure = _figure("bytes on disk", f"divergence ({unit})")
     figure.update_xaxes(type="log", tickformat="~s", ticksuffix="B", dtick="D2")
     figure.update_yaxes(type="log", exponentformat="power")
@@ -59,6 +65,8 @@ def front_figure(
         text=[f"{bytes_text(s)}, {share_text(s, original)}<br>{number_text(d)} {unit}" for s, d in points],
         hoverinfo="text",
     )
+    if limit is not None and points:
+        _limit(figure, limit, points, unit)
     known = [p for p in plans if p.divergence > 0]
     figure.add_scatter(
         x=[p.stored for p in known],
@@ -66,7 +74,7 @@ def front_figure(
         mode="markers+text",
         name="plans, as predicted",
         text=[p.name for p in known],
-        textposition="bottom left",
+        textposition="top right",
         marker={"size": 9, "color": COLOURS[0]},
         hovertext=[f"{p.name}: {bytes_text(p.stored)}, {number_text(p.divergence)} {unit}" for p in known],
         hoverinfo="text",
@@ -76,6 +84,21 @@ def front_figure(
     if measured:
         _measured(figure, [sizes[row[0]] for row in measured], measured, "measured on held-out data", unit)
     return figure
+
+
+def _limit(figure: go.Figure, limit: Limit, front: Sequence[tuple[int, float]], unit: str) -> None:
+    """The limit over the sizes of a front, down to a hundredth of its least divergence."""
+    least = min(divergence for _, divergence in front) / 100
+    shown = [p for p in limit.front(80, front[0][0], front[-1][0]) if p[1] >= least]
+    figure.add_scatter(
+        x=[p[0] for p in shown],
+        y=[p[1] for p in shown],
+        mode="lines",
+        name="the limit",
+        line={"color": INK, "width": 1.5, "dash": "dash"},
+        text=[f"the limit at {bytes_text(s)}<br>{number_text(d)} {unit}" for s, d in shown],
+        hoverinfo="text",
+    )
 
 
 def _measured(figure: go.Figure, x: Sequence[Any], rows: Ledger, name: str, unit: str) -> None:
