@@ -151,3 +151,21 @@ def test_page_needs_nothing_but_itself(
     assert '"name":"the limit"' in page and '"dash":"dash"' in page
     with pytest.raises(TersorError, match="does not exist"):
         write_report(studied.run, tmp_path / "nothing/report.html")
+
+
+def test_the_figure_of_damping_follows_its_evidence() -> None:
+    """Each damping ran while the others stood; what is chosen is marked, what was never tried is not drawn."""
+    pytest.importorskip("plotly")
+    from tersor.report.figures import damping_figure
+
+    def tried(inputs: float, gradients: float, held_back: float) -> dict[str, Any]:
+        values = {"inputs": inputs, "gradients": gradients, "frequencies": 0.3}
+        return {**values, "fitted": 2.0, "held_back": held_back, "table": False}
+
+    runs = [tried(0.01, 0.3, 9.0), tried(0.1, 0.3, 4.0), tried(1.0, 0.3, 6.0)]
+    runs += [tried(0.1, 0.01, 5.0), tried(0.1, 0.1, 3.0), tried(0.1, 0.3, 4.0)]
+    drawn = damping_figure(runs, {"inputs": 0.1, "gradients": 0.1, "frequencies": 0.3}).data
+    assert [line.name for line in drawn] == ["inputs", "gradients"]
+    assert list(drawn[0].x) == [0.01, 0.1, 1.0] and list(drawn[0].y) == [4.5, 2.0, 3.0]
+    assert list(drawn[1].x) == [0.01, 0.1, 0.3] and list(drawn[1].y) == [2.5, 1.5, 2.0]
+    assert list(drawn[0].marker.symbol) == ["circle", "diamond", "circle"]

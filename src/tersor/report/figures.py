@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -224,6 +225,48 @@ def ledger_figure(gains: Mapping[str, Mapping[str, float]], ledger: Ledger, unit
     if whole:
         _measured(figure, [row[2] for row in whole], whole, "whole plan", unit)
     return figure
+
+
+def damping_figure(evidence: Sequence[Mapping[str, Any]], chosen: Mapping[str, float]) -> go.Figure:
+    """Held back over fitted against every damping, the others fixed; a diamond marks the one chosen."""
+    figure = _figure("damping", "held back / fitted", height=320)
+    figure.update_xaxes(type="log", tickvals=sorted({e[name] for e in evidence for name in chosen}))
+    for number, name in enumerate(chosen):
+        sweep = [e for e in _sweep(evidence, name) if e["fitted"] > 0]
+        if not sweep:
+            continue
+        figure.add_scatter(
+            x=[e[name] for e in sweep],
+            y=[e["held_back"] / e["fitted"] for e in sweep],
+            mode="lines+markers",
+            name=name,
+            line={"color": COLOURS[number]},
+            marker={
+                "size": [12 if e[name] == chosen[name] else 6 for e in sweep],
+                "symbol": ["diamond" if e[name] == chosen[name] else "circle" for e in sweep],
+            },
+            text=[
+                f"{name} {e[name]:g}<br>held back {number_text(e['held_back'])}, fitted {number_text(e['fitted'])}"
+                for e in sweep
+            ],
+            hoverinfo="text",
+        )
+    return figure
+
+
+def _sweep(evidence: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The evidence in which one damping ran and the others stood: most of it by their values, sorted, each value once.
+
+    `frequencies` are those of tables, the other two are of all other sites.
+    """
+
+    def others(e: Mapping[str, Any]) -> tuple[float, ...]:
+        return tuple(e[k] for k in ("inputs", "gradients", "frequencies") if k != name)
+
+    members = [e for e in evidence if e["table"] == (name == "frequencies")]
+    common = Counter(others(e) for e in members).most_common(1)
+    by_value = {e[name]: e for e in members if others(e) == common[0][0]}
+    return [by_value[value] for value in sorted(by_value)]
 
 
 def shares_figure(shares: Mapping[str, float]) -> go.Figure:

@@ -129,7 +129,7 @@ def _sections(
             figures.ledger_figure(gains, ledger, unit),
         )
     )
-    out.append(_section("Damping", _damping_words(facts["damping"]), _damping_table(run.get("damping_evidence", []))))
+    out += _damping(run.get("damping_evidence", []), facts["damping"])
     shares = _captured(run)
     if shares:
         words = "How much of the Fisher matrix of a site the product of its two moments captures (a cosine)."
@@ -186,14 +186,25 @@ def _score_text(score: Mapping[str, Any] | None) -> str:
     return text if before is None else f"{text} from {estimate_text(before, percent=percent).split(' [')[0]}"
 
 
+def _damping(evidence: Sequence[Mapping[str, Any]], chosen: Mapping[str, float]) -> list[str]:
+    """The evidence for the damping as a figure and as a table."""
+    if not evidence:
+        words = "<p>The damping was given, so there is no evidence.</p>"
+        return [_section("Damping", _damping_words(chosen), words)]
+    from tersor.report.figures import damping_figure
+
+    words = (
+        f"{_damping_words(chosen)} Far above 1, a fit hid its error in directions that the fitted part saw little of."
+    )
+    return [_section("Damping", words, damping_figure(evidence, chosen)), _damping_table(evidence)]
+
+
 def _damping_words(damping: Mapping[str, float] | None) -> str:
     chosen = ", ".join(f"{name} {value:g}" for name, value in (damping or {}).items())
     return f"Chosen: {chosen}. A few sites were fitted under each damping and judged on calibration data held back."
 
 
 def _damping_table(evidence: Sequence[Mapping[str, Any]]) -> str:
-    if not evidence:
-        return "<p>The damping was given, so there is no evidence.</p>"
     rows = [
         [
             "tables" if e["table"] else "others",
