@@ -84,8 +84,12 @@ def test_front_and_plan_need_no_model(demo: Path, tersor: Callable[..., Any], mo
     assert 5 <= len(points) <= 15
     assert sizes == sorted(sizes) and damages == sorted(damages, reverse=True)
     assert sizes[-1] == (demo / "demo/model/model.safetensors").stat().st_size
+    limits = [p["limit"] for p in points]
+    assert limits == sorted(limits, reverse=True)
+    assert all(p["times_limit"] == p["divergence"] / p["limit"] for p in points[:-1])
     made = json.loads(tersor("plan", "demo/small.run", "--budget", "12%", "--json").stdout)
     assert made["plan"]["name"] == "12%" and made["share"] <= 0.12
+    assert made["times_limit"] == made["plan"]["divergence"] / made["limit"]
 
 
 def test_plan_is_built_by_name_to_the_byte(demo: Path, tersor: Callable[..., Any]) -> None:
@@ -116,7 +120,14 @@ def test_sites_alone_go_into_the_ledger(demo: Path, tersor: Callable[..., Any]) 
 def test_show_tells_bytes_damage_and_what_was_left(tersor: Callable[..., Any]) -> None:
     for what in ("demo/small", "demo/small.run"):
         shown = tersor("show", what).stdout
-        for words in ("→", "Bytes by form", "Most damage", "Left untouched", "of the original"):
+        for words in (
+            "→",
+            "Limit at these bytes",
+            "Bytes by form",
+            "Most damage",
+            "Left untouched",
+            "of the original",
+        ):
             assert words in shown
 
 

@@ -22,6 +22,13 @@ def test_seconds(seconds: float, text: str) -> None:
     assert q.seconds_text(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(6.843, "6.84"), (41.2, "41.2"), (1766.4, "1,766"), (3.19e7, "3.2e+07"), (None, "-")]
+)
+def test_times(ratio: float | None, text: str) -> None:
+    assert q.times_text(ratio) == text
+
+
 def test_digits_follow_the_interval() -> None:
     assert q.estimate_text({"value": 2.39104, "low": 2.3661, "high": 2.4142}) == "2.391 [2.366, 2.414]"
     assert q.estimate_text({"value": 0.8203, "low": 0.8, "high": 0.84}, percent=True) == "82.0 % [80.0, 84.0]"

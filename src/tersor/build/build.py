@@ -16,7 +16,9 @@ import torch
 from tersor.build.artifact import RECORD, planned_bytes, stored_dtypes, write_artifact
 from tersor.build.fits import Fit, fit_choice, fits_of, load_fit
 from tersor.build.layers import install
+from tersor.build.layout import Layout
 from tersor.curves.draw import site_metrics
+from tersor.curves.limit import Limit
 from tersor.errors import TersorError
 from tersor.metrics import Metric, Side
 from tersor.models.files import copy_beside, staged
@@ -155,6 +157,7 @@ def _record(run: Run, model: Model, sites: Sequence[Site], plan: Plan) -> dict[s
     from tersor import __version__
 
     identity = model.identity
+    limit = Limit.of(run, sites, Layout.from_json(run.get("layout")).file_bytes)
     return {
         "model": {
             "kind": identity.kind,
@@ -164,6 +167,7 @@ def _record(run: Run, model: Model, sites: Sequence[Site], plan: Plan) -> dict[s
         },
         "divergence": model.divergence.name,
         "plan": plan.as_json(),
+        "limit": None if limit is None else limit.divergence(plan.stored),
         "site_weights": {site.name: site.parameters for site in sites},
         "untouched": run.get("untouched", []),
         "unused_sites": run.get("unused_sites", []),

@@ -30,6 +30,7 @@ STEPS = {
     "start": "Starting",
     "observe": "Observing the model",
     "damping": "Choosing the damping",
+    "limit": "Finding the limit",
     "draw": "Drawing curves",
     "probe": "Measuring a gain a site",
     "plan": "Planning",

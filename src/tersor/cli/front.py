@@ -16,11 +16,12 @@ def front(run: o.RunFolder, forms: o.Forms = None, as_json: o.Json = False, quie
         from tersor.report.account import study_facts
         from tersor.report.front import front_points
         from tersor.report.tables import front_table
-        from tersor.steps import open_run, planner_of
+        from tersor.steps import limit_of, open_run, planner_of
 
         opened = open_run(run)
         progress("plan", "the front", 0, 0)
-        points = front_points(planner_of(opened, o.names_of(forms)), opened.get("stored_bytes"))
+        planner = planner_of(opened, o.names_of(forms))
+        points = front_points(planner, opened.get("stored_bytes"), limit=limit_of(opened))
     facts = study_facts(opened)
     value = {"unit": facts["unit"], "original_bytes": facts["original_bytes"], "front": [asdict(p) for p in points]}
     give(value, front_table(points, facts["unit"]), as_json=as_json, quiet=quiet)

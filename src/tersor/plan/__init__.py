@@ -1,7 +1,7 @@
 """Budgets, the solver, plans."""
 
 from tersor.plan.budget import Limits, parse_bytes, parse_limits
-from tersor.plan.plan import UNTOUCHED, Choice, Interaction, Plan, Planner
+from tersor.plan.plan import UNTOUCHED, Choice, Interaction, Plan, Planner, fixed_bytes
 from tersor.plan.solve import Option, Solution, front, hull, solve
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "Planner",
     "Solution",
+    "fixed_bytes",
     "front",
     "hull",
     "parse_bytes",

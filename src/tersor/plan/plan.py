@@ -6,7 +6,7 @@ Menus come from the curves in the run, with the gain of the site as a factor; le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -111,8 +111,8 @@ class Planner:
             scaled = tuple(replace(c, divergence=c.divergence * run.gain(site.name, c.form)) for c in known)
             all_candidates.append(scaled)
             menus.append(_menu(site, scaled))
-        bare = size_of(()) - sum(site.nbytes + _entry_bytes(site, None) for site in sites)
-        return cls(tuple(sites), tuple(all_candidates), tuple(menus), max(bare, 0), size_of, Interaction.of(run))
+        fixed = fixed_bytes(sites, size_of)
+        return cls(tuple(sites), tuple(all_candidates), tuple(menus), fixed, size_of, Interaction.of(run))
 
     def front(self) -> list[tuple[int, float]]:
         """(bytes of the file, predicted divergence) of every plan worth having, smallest first."""
@@ -187,6 +187,11 @@ class Planner:
         return self.plan_from(choices, name)
 
 
+def fixed_bytes(sites: Sequence[Site], size_of: Callable[[Sequence[Choice]], int]) -> int:
+    """Bytes of a file that belong to no site: all other tensors, and the header but for the entries of sites."""
+    return max(size_of(()) - sum(site.nbytes + _entry_bytes(site, None) for site in sites), 0)
+
+
 def _choice(site: Site, candidate: Candidate | None) -> Choice:
     if candidate is None:
         flops = 2 * site.shape[0] * site.shape[1]
@@ -227,4 +232,4 @@ def _entry_bytes(site: Site, candidate: Candidate | None) -> int:
     return sum(len(name) + len(str(list(shape))) + 70 for name, shape in names)
 
 
-__all__ = ["UNTOUCHED", "Choice", "Plan", "Planner"]
+__all__ = ["UNTOUCHED", "Choice", "Plan", "Planner", "fixed_bytes"]

@@ -12,10 +12,11 @@ from typing import Any
 
 from tersor.build.artifact import read_record
 from tersor.build.layout import Layout
+from tersor.curves.limit import Limit, times_limit
 from tersor.models.divergence import DIVERGENCES
 from tersor.plan import UNTOUCHED, Choice, Plan
 from tersor.run import Run
-from tersor.steps import plan_named, planner_of
+from tersor.steps import limit_of, plan_named, planner_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class FormBytes:
 
 @dataclass(frozen=True)
 class Account:
-    """A plan with what is known of it. `untouched` are tensors that are no site, as (name, weights, bytes, why)."""
+    """A plan with what is known of it. `untouched` are tensors that are no site, as (name, weights, bytes, why).
+
+    `limit` is the least divergence that any code of as many bytes could have, None where the run has no limit.
+    """
 
     model: str
     unit: str
@@ -42,6 +46,12 @@ class Account:
     untouched: tuple[tuple[str, int, int, str], ...]
     unused_sites: tuple[str, ...]
     judgement: dict[str, Any] | None
+    limit: float | None = None
+
+    @property
+    def times_limit(self) -> float | None:
+        """The distance to the limit: how many times it the predicted divergence is."""
+        return times_limit(self.plan.divergence, self.limit)
 
     @property
     def approximated(self) -> tuple[Choice, ...]:
@@ -90,6 +100,8 @@ class Account:
             "untouched": [list(row) for row in self.untouched],
             "unused_sites": list(self.unused_sites),
             "judgement": self.judgement,
+            "limit": self.limit,
+            "times_limit": self.times_limit,
         }
 
 
@@ -105,20 +117,23 @@ def account_of_artifact(folder: Path) -> Account:
         tuple((n, w, b, why) for n, w, b, why in record["untouched"]),
         tuple(record["unused_sites"]),
         record.get("judgement"),
+        record.get("limit"),
     )
 
 
-def account_of_run(run: Run, name: str) -> Account:
-    """The account of a plan of a run."""
+def account_of_run(run: Run, name: str, limit: Limit | None = None) -> Account:
+    """The account of a plan of a run; `limit` is that of the run, if it was read before."""
+    plan, limit = plan_named(run, name), limit or limit_of(run)
     return Account(
         run.get("source"),
         unit_of(run.get("divergence")),
         run.get("stored_bytes"),
-        plan_named(run, name),
+        plan,
         {s.name: s.parameters for s in Layout.from_json(run.get("layout")).sites},
         tuple((n, w, b, why) for n, w, b, why in run.get("untouched")),
         tuple(run.get("unused_sites", [])),
         run.get(f"judgement/{name}"),
+        None if limit is None else limit.divergence(plan.stored),
     )
 
 

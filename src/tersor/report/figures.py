@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
+from tersor.curves.limit import Limit
 from tersor.forms import FORMS
 from tersor.plan import UNTOUCHED, Plan
 from tersor.report.account import Account
@@ -43,9 +45,14 @@ def _figure(x: str, y: str, height: int = 420, **layout: Any) -> go.Figure:
 
 
 def front_figure(
-    front: Sequence[tuple[int, float]], plans: Sequence[Plan], ledger: Ledger, original: int, unit: str
+    front: Sequence[tuple[int, float]],
+    plans: Sequence[Plan],
+    ledger: Ledger,
+    original: int,
+    unit: str,
+    limit: Limit | None = None,
 ) -> go.Figure:
-    """The front with the plans on it and what was measured of them."""
+    """The front with the plans on it, what was measured of them, and the limit below."""
     figure = _figure("bytes on disk", f"divergence ({unit})")
     figure.update_xaxes(type="log", tickformat="~s", ticksuffix="B", dtick="D2")
     figure.update_yaxes(type="log", exponentformat="power")
@@ -59,6 +66,8 @@ def front_figure(
         text=[f"{bytes_text(s)}, {share_text(s, original)}<br>{number_text(d)} {unit}" for s, d in points],
         hoverinfo="text",
     )
+    if limit is not None and points:
+        _limit(figure, limit, points, unit)
     known = [p for p in plans if p.divergence > 0]
     figure.add_scatter(
         x=[p.stored for p in known],
@@ -66,7 +75,7 @@ def front_figure(
         mode="markers+text",
         name="plans, as predicted",
         text=[p.name for p in known],
-        textposition="bottom left",
+        textposition="top right",
         marker={"size": 9, "color": COLOURS[0]},
         hovertext=[f"{p.name}: {bytes_text(p.stored)}, {number_text(p.divergence)} {unit}" for p in known],
         hoverinfo="text",
@@ -76,6 +85,21 @@ def front_figure(
     if measured:
         _measured(figure, [sizes[row[0]] for row in measured], measured, "measured on held-out data", unit)
     return figure
+
+
+def _limit(figure: go.Figure, limit: Limit, front: Sequence[tuple[int, float]], unit: str) -> None:
+    """The limit over the sizes of a front, down to a hundredth of its least divergence."""
+    least = min(divergence for _, divergence in front) / 100
+    shown = [p for p in limit.front(80, front[0][0], front[-1][0]) if p[1] >= least]
+    figure.add_scatter(
+        x=[p[0] for p in shown],
+        y=[p[1] for p in shown],
+        mode="lines",
+        name="the limit",
+        line={"color": INK, "width": 1.5, "dash": "dash"},
+        text=[f"the limit at {bytes_text(s)}<br>{number_text(d)} {unit}" for s, d in shown],
+        hoverinfo="text",
+    )
 
 
 def _measured(figure: go.Figure, x: Sequence[Any], rows: Ledger, name: str, unit: str) -> None:
@@ -201,6 +225,48 @@ def ledger_figure(gains: Mapping[str, Mapping[str, float]], ledger: Ledger, unit
     if whole:
         _measured(figure, [row[2] for row in whole], whole, "whole plan", unit)
     return figure
+
+
+def damping_figure(evidence: Sequence[Mapping[str, Any]], chosen: Mapping[str, float]) -> go.Figure:
+    """Held back over fitted against every damping, the others fixed; a diamond marks the one chosen."""
+    figure = _figure("damping", "held back / fitted", height=320)
+    figure.update_xaxes(type="log", tickvals=sorted({e[name] for e in evidence for name in chosen}))
+    for number, name in enumerate(chosen):
+        sweep = [e for e in _sweep(evidence, name) if e["fitted"] > 0]
+        if not sweep:
+            continue
+        figure.add_scatter(
+            x=[e[name] for e in sweep],
+            y=[e["held_back"] / e["fitted"] for e in sweep],
+            mode="lines+markers",
+            name=name,
+            line={"color": COLOURS[number]},
+            marker={
+                "size": [12 if e[name] == chosen[name] else 6 for e in sweep],
+                "symbol": ["diamond" if e[name] == chosen[name] else "circle" for e in sweep],
+            },
+            text=[
+                f"{name} {e[name]:g}<br>held back {number_text(e['held_back'])}, fitted {number_text(e['fitted'])}"
+                for e in sweep
+            ],
+            hoverinfo="text",
+        )
+    return figure
+
+
+def _sweep(evidence: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The evidence in which one damping ran and the others stood: most of it by their values, sorted, each value once.
+
+    `frequencies` are those of tables, the other two are of all other sites.
+    """
+
+    def others(e: Mapping[str, Any]) -> tuple[float, ...]:
+        return tuple(e[k] for k in ("inputs", "gradients", "frequencies") if k != name)
+
+    members = [e for e in evidence if e["table"] == (name == "frequencies")]
+    common = Counter(others(e) for e in members).most_common(1)
+    by_value = {e[name]: e for e in members if others(e) == common[0][0]}
+    return [by_value[value] for value in sorted(by_value)]
 
 
 def shares_figure(shares: Mapping[str, float]) -> go.Figure:

@@ -10,13 +10,22 @@ from typing import Any
 
 from tersor import __version__
 from tersor.build.layout import Layout
+from tersor.curves.limit import Limit
 from tersor.errors import TersorError
 from tersor.models.files import write_text
 from tersor.observe.store import captured_share, file_of
 from tersor.report.account import Account, account_of_run, plan_to_show, study_facts
-from tersor.report.quantities import PERCENTAGES, bytes_text, count_text, estimate_text, number_text, share_text
+from tersor.report.quantities import (
+    PERCENTAGES,
+    bytes_text,
+    count_text,
+    estimate_text,
+    number_text,
+    share_text,
+    times_text,
+)
 from tersor.run import Run
-from tersor.steps import plan_named, planner_of
+from tersor.steps import limit_of, plan_named, planner_of
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #2b2f33; margin: 0 auto; max-width: 1020px; padding: 24px 20px }
@@ -34,6 +43,10 @@ th:first-child, td:first-child { text-align: left }
 tr.chosen td { font-weight: 600 }
 footer { margin: 50px 0; color: #8a929a; font-size: 13px }
 """
+LIMIT_WORDS = (
+    "Dashed: the limit, the least divergence that could be predicted of any code of as many bytes if the weights of "
+    "every site were independent Gaussians; weights that are not (sparse, clustered, of low rank) can lie below it."
+)
 
 
 def write_report(run: Run, out: Path) -> None:
@@ -45,9 +58,14 @@ def write_report(run: Run, out: Path) -> None:
     if not out.parent.is_dir():
         raise TersorError(f"The folder {out.parent} of the report does not exist.")
     facts = study_facts(run)
-    accounts = [account_of_run(run, name) for name in run.plans()]
+    limit = limit_of(run)
+    accounts = [account_of_run(run, name, limit) for name in run.plans()]
     shown = next((a for a in accounts if a.plan.name == plan_to_show(run)), None) if accounts else None
-    body = [_head(facts, shown), *_sections(run, facts, accounts, shown), f"<footer>Tersor {__version__}</footer>"]
+    body = [
+        _head(facts, shown),
+        *_sections(run, facts, accounts, shown, limit),
+        f"<footer>Tersor {__version__}</footer>",
+    ]
     title = escape(f"Tersor: {Path(facts['model']).name}")
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
@@ -82,13 +100,16 @@ def _keys(items: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def _sections(run: Run, facts: Mapping[str, Any], accounts: Sequence[Account], shown: Account | None) -> list[str]:
+def _sections(
+    run: Run, facts: Mapping[str, Any], accounts: Sequence[Account], shown: Account | None, limit: Limit | None
+) -> list[str]:
     from tersor.report import figures
 
     ledger, unit, original = run.ledger(), facts["unit"], facts["original_bytes"]
     plans = [plan_named(run, name) for name in run.plans()]
-    front = figures.front_figure(planner_of(run).front(), plans, ledger, original, unit)
-    out = [_section("The front", "The least predicted divergence at every size, with the plans made so far.", front)]
+    front = figures.front_figure(planner_of(run).front(), plans, ledger, original, unit, limit)
+    words = "The least predicted divergence at every size, with the plans made so far."
+    out = [_section("The front", words if limit is None else f"{words} {LIMIT_WORDS}", front)]
     if shown is not None:
         out += [
             _section("Plans", "The plan in bold is the one shown below.", _plans_table(accounts, shown, original)),
@@ -108,7 +129,7 @@ def _sections(run: Run, facts: Mapping[str, Any], accounts: Sequence[Account], s
             figures.ledger_figure(gains, ledger, unit),
         )
     )
-    out.append(_section("Damping", _damping_words(facts["damping"]), _damping_table(run.get("damping_evidence", []))))
+    out += _damping(run.get("damping_evidence", []), facts["damping"])
     shares = _captured(run)
     if shares:
         words = "How much of the Fisher matrix of a site the product of its two moments captures (a cosine)."
@@ -134,6 +155,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], chosen: int | 
 
 
 def _plans_table(accounts: Sequence[Account], shown: Account, original: int) -> str:
+    limits = ["the limit", "times the limit"] if any(a.limit is not None for a in accounts) else []
     names = list(dict.fromkeys(s["name"] for a in accounts if a.judgement for s in a.judgement["scores"]))
     rows = []
     for a in accounts:
@@ -145,12 +167,13 @@ def _plans_table(accounts: Sequence[Account], shown: Account, original: int) -> 
                 bytes_text(a.plan.stored),
                 share_text(a.plan.stored, original),
                 number_text(a.plan.divergence),
+                *([number_text(a.limit or math.nan), times_text(a.times_limit)] if limits else []),
                 estimate_text(judged["divergence"]) if judged else "",
                 *(_score_text(scores.get(name)) for name in names),
                 f"{judged['latency']['ratio']:.2f}" if judged else "",
             ]
         )
-    columns = ["plan", "bytes", "share", f"{shown.unit} predicted", "measured", *names, "latency ratio"]
+    columns = ["plan", "bytes", "share", f"{shown.unit} predicted", *limits, "measured", *names, "latency ratio"]
     return _table(columns, rows, next(i for i, a in enumerate(accounts) if a is shown))
 
 
@@ -163,14 +186,25 @@ def _score_text(score: Mapping[str, Any] | None) -> str:
     return text if before is None else f"{text} from {estimate_text(before, percent=percent).split(' [')[0]}"
 
 
+def _damping(evidence: Sequence[Mapping[str, Any]], chosen: Mapping[str, float]) -> list[str]:
+    """The evidence for the damping as a figure and as a table."""
+    if not evidence:
+        words = "<p>The damping was given, so there is no evidence.</p>"
+        return [_section("Damping", _damping_words(chosen), words)]
+    from tersor.report.figures import damping_figure
+
+    words = (
+        f"{_damping_words(chosen)} Far above 1, a fit hid its error in directions that the fitted part saw little of."
+    )
+    return [_section("Damping", words, damping_figure(evidence, chosen)), _damping_table(evidence)]
+
+
 def _damping_words(damping: Mapping[str, float] | None) -> str:
     chosen = ", ".join(f"{name} {value:g}" for name, value in (damping or {}).items())
     return f"Chosen: {chosen}. A few sites were fitted under each damping and judged on calibration data held back."
 
 
 def _damping_table(evidence: Sequence[Mapping[str, Any]]) -> str:
-    if not evidence:
-        return "<p>The damping was given, so there is no evidence.</p>"
     rows = [
         [
             "tables" if e["table"] else "others",

@@ -27,6 +27,13 @@ def number_text(value: float) -> str:
     return "-" if not math.isfinite(value) else "0" if value == 0 else f"{value:.3g}"
 
 
+def times_text(ratio: float | None) -> str:
+    """How many times one value is another: `6.84`, `1,766`, `3.2e+07`; a dash where it is not known."""
+    if ratio is None:
+        return "-"
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.1e}"
+
+
 def count_text(value: float) -> str:
     """A large count: `1.87 M`."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -21,6 +21,7 @@ from tersor.report.quantities import (
     number_text,
     seconds_text,
     share_text,
+    times_text,
 )
 
 NAMES_SHOWN, SITES_SHOWN = 3, 10
@@ -95,7 +96,16 @@ def account_tables(account: Account) -> list[Any]:
         if c.divergence > 0:
             cells = bytes_text(c.stored), number_text(c.divergence), share_text(c.divergence, alone)
             _row(worst, c.site, c.label, *cells)
-    return [head, forms, *([worst] if worst.row_count else []), *_left_alone(account)]
+    return [head, *_limit_line(account), forms, *([worst] if worst.row_count else []), *_left_alone(account)]
+
+
+def _limit_line(account: Account) -> list[Any]:
+    if account.limit is None:
+        return []
+    distance = (
+        "" if account.times_limit is None else f"; distance to the limit: {times_text(account.times_limit)} times"
+    )
+    return [Text(f"Limit at these bytes: {number_text(account.limit)} {account.unit}{distance}")]
 
 
 def _measured(account: Account) -> str:
@@ -163,15 +173,18 @@ def _plan_line(plan: Mapping[str, Any], original: int, unit: str) -> str:
 
 
 def front_table(points: Sequence[Point], unit: str) -> Table:
-    """Points of the front, the smallest first."""
-    table = _table(
-        "The front, as predicted", "bytes", "of the original", "bits a weight", unit, "weights by form", left=0
-    )
-    table.columns[-1].justify, table.columns[-1].no_wrap = "left", True
+    """Points of the front, the smallest first, with the limit at the same bytes where there is one."""
+    columns = "bytes", "of the original", "bits a weight", unit
+    limits = ("the limit", "times the limit") if any(p.limit is not None for p in points) else ()
+    table = _table("The front, as predicted", *columns, *limits, "weights by form", left=0)
+    table.columns[-1].justify = "left"
     for p in points:
         forms = ", ".join(f"{form} {100 * share:.0f} %" for form, share in p.forms.items() if share >= 0.005)
-        cells = bytes_text(p.stored), f"{100 * p.share:.3g} %", f"{p.bits:.2f}", number_text(p.divergence), forms
-        _row(table, *cells)
+        cells = bytes_text(p.stored), f"{100 * p.share:.3g} %", f"{p.bits:.2f}", number_text(p.divergence)
+        least = (number_text(p.limit), times_text(p.times_limit)) if limits and p.limit is not None else ()
+        _row(table, *cells, *least, forms)
+    for column in table.columns[:-1]:  # a narrow terminal folds words, not numbers
+        column.min_width = max((len(str(cell)) for cell in column.cells), default=0)
     return table
 
 

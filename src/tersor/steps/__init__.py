@@ -8,6 +8,7 @@ from tersor.plan import UNTOUCHED
 from tersor.steps.compressing import Result, build_plan, compress
 from tersor.steps.opening import (
     Study,
+    limit_of,
     open_run,
     open_study,
     plan_name,
@@ -27,6 +28,7 @@ __all__ = [
     "compress",
     "judge_artifact",
     "judge_sites",
+    "limit_of",
     "open_run",
     "open_study",
     "plan_name",

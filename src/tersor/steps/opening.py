@@ -11,6 +11,7 @@ from torch import nn
 
 from tersor.build.artifact import stored_dtypes
 from tersor.build.layout import Layout
+from tersor.curves.limit import Limit
 from tersor.errors import TersorError
 from tersor.forms import form_named
 from tersor.models import Divergence, Model, Site, Walk, open_model, walk
@@ -63,6 +64,12 @@ def planner_of(run: Run, forms: Sequence[str] | None = None) -> Planner:
         form_named(name)
     layout = Layout.from_json(run.get("layout"))
     return Planner.of(run, layout.sites, layout.file_bytes, forms)
+
+
+def limit_of(run: Run) -> Limit | None:
+    """The rate-distortion limit of the sites of a run, without a model; None for a run of before there were limits."""
+    layout = Layout.from_json(run.get("layout"))
+    return Limit.of(run, layout.sites, layout.file_bytes)
 
 
 def plan_run(run: Run, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:

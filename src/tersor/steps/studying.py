@@ -13,6 +13,7 @@ from torch import nn
 
 from tersor.build.interaction import measure_interaction
 from tersor.curves.draw import Ladders, draw_all, probe_gains, settle_damping
+from tersor.curves.limit import store_spectra
 from tersor.data import Data, read_data
 from tersor.errors import TersorError
 from tersor.forms import FORMS, form_named
@@ -87,6 +88,10 @@ def study(
         lambda done, total: progress("damping", "chosen on held-back data", done, total),
     )
     add_seconds(opened.run, "damping", start)
+    start = time.perf_counter()
+    for number, name in enumerate(store_spectra(opened.run, opened.model, opened.sites), 1):
+        progress("limit", name, number, len(opened.sites))
+    add_seconds(opened.run, "limit", start)
     start = time.perf_counter()
     progress("draw", "curves of all sites", 0, len(opened.sites))
     for number, name in enumerate(draw_all(opened.run, opened.model, opened.sites, forms, workers, settings), 1):
