@@ -139,13 +139,14 @@ def _pylm() -> Reference:
     spec.loader.exec_module(module)
     train, held_out = module.split()
     generator = np.random.default_rng(0)
-    order = generator.permutation(len(train))
-    # A piece from anywhere in every file, so that the windows come from many files and not from their heads alone.
-    starts = [int(generator.integers(0, max(1, len(text) - 4000))) for text in train]
-    pieces = [train[i][starts[i] : starts[i] + 4000] for i in order]
-    unseen = Data("held-out files", texts=held_out[::4])
-    rest = [text for number, text in enumerate(held_out) if number % 4]
-    return _language_model("pylm", pieces, rest, unseen, ("14%", "11%", "9%", "7%", "5.5%"), 256)
+
+    def pieces(files: list[str]) -> list[str]:
+        """All of the files in pieces of a few windows, in any order, so that few windows come from many files."""
+        cut = [text[start : start + 1500] for text in files for start in range(0, len(text), 1500)]
+        return [cut[i] for i in generator.permutation(len(cut))]
+
+    unseen, rest = Data("unseen files", texts=pieces(held_out[::4])), [f for i, f in enumerate(held_out) if i % 4]
+    return _language_model("pylm", pieces(train), pieces(rest), unseen, ("14%", "11%", "9%", "7%", "5.5%"), 256)
 
 
 def _resnet() -> Reference:
@@ -167,6 +168,6 @@ def _resnet() -> Reference:
     return Reference(
         "resnet56",
         lambda: open_model(f"{ASSETS / 'resnet_cifar.py'}:resnet56", weights=folder / "resnet56.safetensors"),
-        train, test, unseen, 512, 1000, 0, 64, ("25%", "20%", "17%", "15%", "13%"), "top-1 %", score,
+        train, test, unseen, 1024, 1000, 0, 64, ("25%", "20%", "17%", "15%", "13%"), "top-1 %", score,
         lambda values, index: 100 * float(values[index].mean()),
     )  # fmt: skip

@@ -44,8 +44,19 @@ def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     return form_named("int").fit(weight, metric, setting.first)
 
 
+def plain_integers(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """Whole rows rounded to the nearest, with as many bits as the bytes of the coded fit allow; else nothing at all."""
+    allowed = form_named("coded").fit(weight, metric, setting).nbytes
+    for bits in (8, 6, 5, 4, 3, 2):
+        plain = IntForm().fit(weight, metric, IntSetting(bits, None, symmetric=True, rounding="nearest", search=False))
+        if plain.nbytes <= allowed:
+            return plain
+    return form_named("coded").fit(torch.zeros_like(weight), metric, setting)
+
+
 NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "int": plain_rounding,
+    "coded": plain_integers,
     "lowrank": plain_svd,
     "int+lowrank": first_term,
 }
@@ -60,19 +71,20 @@ def test_every_form_has_a_null() -> None:
 @each_setting
 def test_bytes_are_as_promised(form: Form, setting: Any, make_metric: Maker, tmp_path: Path) -> None:
     operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), setting)
-    state = operator.state_dict()
-    assert cost_of(form, SHAPE, setting).stored == operator.nbytes == sum(t.nbytes for t in state.values())
+    state, cost = operator.state_dict(), cost_of(form, SHAPE, operator.setting)
+    assert cost.stored == operator.nbytes == sum(t.nbytes for t in state.values())
+    assert cost.resident == operator.resident >= operator.nbytes
     save_file(state, tmp_path / "operator.safetensors")
     loaded = load_file(tmp_path / "operator.safetensors")
     assert sum(t.nbytes for t in loaded.values()) == operator.nbytes
-    assert cost_of(form, SHAPE, setting).flops == operator.flops
+    assert cost.flops == operator.flops
 
 
 @each_setting
 def test_round_trip_through_a_file(form: Form, setting: Any, make_metric: Maker, tmp_path: Path) -> None:
     operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), setting)
     save_file(operator.state_dict(), tmp_path / "operator.safetensors")
-    again = form.empty(SHAPE, form.setting(as_values(setting)))
+    again = form.empty(SHAPE, form.setting(as_values(operator.setting)))
     again.load_state_dict(load_file(tmp_path / "operator.safetensors"))
     assert again.setting == setting
     assert torch.equal(again.dense(), operator.dense())
@@ -108,10 +120,10 @@ def test_it_is_no_worse_than_its_null(form: Form, setting: Any, make_metric: Mak
 def test_the_curve_predicts_the_fit(form: Form, setting: Any, make_metric: Maker) -> None:
     weight, metric = torch.randn(SHAPE), make_metric(*SHAPE)
     (candidate,) = form.curve(weight, metric, [setting])
+    operator = form.fit(weight, metric, setting)
     assert candidate.form == form.name and candidate.setting == setting
-    assert candidate.cost == cost_of(form, SHAPE, setting)
-    fitted = whitened_distance(metric, weight, form.fit(weight, metric, setting))
-    assert candidate.divergence == pytest.approx(fitted, rel=1e-3)
+    assert candidate.cost == cost_of(form, SHAPE, candidate.setting) == cost_of(form, SHAPE, operator.setting)
+    assert candidate.divergence == pytest.approx(whitened_distance(metric, weight, operator), rel=1e-3)
 
 
 @each_setting
@@ -163,7 +175,7 @@ def test_degenerate_weights_give_finite_operators(form: Form, weight: Tensor, ma
     for setting in settings_of(form):
         dense = form.fit(weight, make_metric(*SHAPE), setting).dense()
         assert dense.isfinite().all()
-        assert dense.abs().max() <= 4 * weight.abs().max() + 1e-6
+        assert dense.abs().max() <= 16 * weight.abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor.forms.rounding import TILE, Grid, round_with_feedback
+from tersor.forms.rounding import TILE, Grid, Prices, round_with_feedback
 from tersor.metrics import Side
 
 
@@ -17,7 +17,25 @@ def steps(scale: Tensor) -> Grid:
     return Grid(scale, torch.full_like(scale, 1e6), 2e6)
 
 
-def by_loop(weight: Tensor, scale: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+def priced(scale: Tensor, generator: torch.Generator) -> Grid:
+    """All multiples of the scales, dear ones in one class and cheap ones in the other."""
+    table = torch.stack([torch.linspace(0, 3, 40), torch.linspace(0, 0.5, 40)]).double()
+    classes = torch.randint(0, 2, scale.shape, generator=generator, dtype=torch.uint8)
+    return Grid(scale, torch.zeros_like(scale), 1e6, -1e6, Prices(table, classes))
+
+
+def nearest_or_cheaper(target: float, scale: float, prices: Tensor | None) -> float:
+    code = round(target / scale)
+    if prices is None or code == 0 or abs(code) >= len(prices):
+        return code * scale
+    toward = code - (1 if code > 0 else -1)
+    costs = {c: (target / scale - c) ** 2 + float(prices[abs(c)]) for c in (code, toward)}
+    return min(costs, key=lambda c: costs[c]) * scale
+
+
+def by_loop(
+    weight: Tensor, scale: Tensor, rows: Tensor | None, columns: Tensor | None, prices: Prices | None = None
+) -> Tensor:
     """Entry by entry from the last: the target is the weight plus what `L_o^T E L_i` has there from later entries."""
     n, m = weight.shape
     lower_o = torch.eye(n, dtype=weight.dtype) if rows is None else rows
@@ -26,7 +44,8 @@ def by_loop(weight: Tensor, scale: Tensor, rows: Tensor | None, columns: Tensor 
     for i in range(n - 1, -1, -1):
         for j in range(m - 1, -1, -1):
             target = weight[i, j] + lower_o[i:, i] @ error[i:, j:] @ lower_i[j:, j]
-            rounded[i, j] = (target / scale[i, j]).round() * scale[i, j]
+            price = None if prices is None else prices.table[int(prices.classes[i, j])]
+            rounded[i, j] = nearest_or_cheaper(float(target), float(scale[i, j]), price)
             error[i, j] = weight[i, j] - rounded[i, j]
     return rounded
 
@@ -51,6 +70,10 @@ def test_it_equals_the_plain_loop(shape: tuple[int, int], by_rows: bool, by_colu
     columns = unit_lower(shape[1], generator) if by_columns else None
     found = round_with_feedback(weight, steps(scale), rows, columns)
     assert torch.allclose(found, by_loop(weight, scale, rows, columns), rtol=0, atol=1e-9)
+    grid = priced(scale, generator)
+    found = round_with_feedback(weight, grid, rows, columns)
+    exact = by_loop(weight, scale, rows, columns, grid.prices)
+    assert torch.equal((found / scale).round(), (exact / scale).round())  # to the last integer
 
 
 def test_values_beyond_the_grid_take_its_ends() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tersor.build.layers import install
-from tersor.build.layout import Layout, distinct_state
+from tersor.build.layout import distinct_state
 from tersor.errors import TersorError
-from tersor.forms import form_named
+from tersor.forms import form_named, setting_of, settings_of
 from tersor.models.files import Checkpoint, open_checkpoint, write_safetensors, write_text
 from tersor.models.sites import Site, walk
 from tersor.plan import Choice
@@ -28,13 +28,6 @@ from tersor.plan import Choice
 VERSION = 1
 WEIGHTS = "model.safetensors"
 RECORD = "tersor.json"
-
-
-def planned_bytes(
-    module: nn.Module, sites: Iterable[Site], choices: Iterable[Choice], dtype_of: Mapping[str, torch.dtype]
-) -> int:
-    """The size of `model.safetensors` with these choices built and everything else as it is, to the byte."""
-    return Layout.of(module, sites, dtype_of).file_bytes(list(choices))
 
 
 def stored_dtypes(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str, torch.dtype]:
@@ -105,7 +98,8 @@ def install_empty(module: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> 
         site, form = found[name], form_named(value["form"])
         site = replace(site, places=tuple((m, p) for m, p in value["places"]))  # tied weights may be tied only later
         with site.parameter(module).device:
-            operators = [form.empty(site.shape, form.setting(value["setting"])) for _ in range(site.stack)]
+            settings = settings_of(setting_of(form, value["setting"]), site.stack)
+            operators = [form.empty(site.shape, setting) for setting in settings]
         install(module, site, operators)
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from tersor.build.artifact import RECORD, planned_bytes, stored_dtypes, write_artifact
+from tersor.build.artifact import RECORD, stored_dtypes, write_artifact
 from tersor.build.fits import Fit, fit_choice, fits_of, load_fit
 from tersor.build.layers import install
 from tersor.build.layout import Layout
 from tersor.curves.draw import site_metrics
 from tersor.curves.limit import Limit
 from tersor.errors import TersorError
+from tersor.forms import as_values
 from tersor.metrics import Metric, Side
 from tersor.models.files import copy_beside, staged
 from tersor.models.model import Batch, Model
@@ -59,39 +60,62 @@ def build(
     chosen = {c.site: c for c in plan.choices if c.form != UNTOUCHED}
     targets = [s for s in sites if s.name in chosen]
     dtypes = stored_dtypes(model.module, getattr(model, "checkpoint", None))
-    expected = planned_bytes(model.module, sites, chosen.values(), dtypes)
+    layout = Layout.of(model.module, sites, dtypes)
     if sequential is None:
         for number, (site, _) in enumerate(fits_of(run, model, sites, plan.choices, workers)):
             progress(site.name, number, len(targets))
         fits = {site.name: load_fit(run, site, chosen[site.name]) for site in targets}
     else:
         fits = _fit_in_order(run, model, targets, chosen, sequential, progress)
+    plan = _as_fitted(run, plan, fits)
+    built = [c for c in plan.choices if c.form != UNTOUCHED]
+    stored = layout.file_bytes(built)
+    plan = replace(plan, stored=stored, resident=stored + sum(c.resident - c.stored for c in built))
+    _check_limit(plan, out)
     for site in targets:
         install(model.module, site, [op.to(model.device) for op in fits[site.name].operators])
-    plan = _as_fitted(run, plan, fits)
     folder = getattr(model, "folder", None)
     with staged(out, last=RECORD) as target:
         if folder is not None:
             copy_beside(folder, target)
         size = write_artifact(
-            target, model.module, sites, list(chosen.values()), dtypes, _config(model), _record(run, model, sites, plan)
+            target, model.module, sites, built, dtypes, _config(model), _record(run, model, sites, plan)
         )
-        if size != expected:
-            raise TersorError(f"{out} takes {size} bytes, but {expected} were predicted; please report this as a bug.")
+        if size != plan.stored:
+            raise TersorError(
+                f"{out} takes {size} bytes, but {plan.stored} were predicted; please report this as a bug."
+            )
     return Built(plan, size)
+
+
+def _check_limit(plan: Plan, out: Path) -> None:
+    """Entropy-coded sizes are those of the fit; one under other inputs than the plan's may come out larger."""
+    limit = plan.limits.get("stored")
+    if limit is not None and plan.stored > limit:
+        raise TersorError(
+            f"{out} would take {plan.stored:,} bytes as fitted, {plan.stored - limit:,} more than the budget; "
+            "ask for a slightly smaller one."
+        )
 
 
 def _as_fitted(run: Run, plan: Plan, fits: Mapping[str, Fit]) -> Plan:
     """The plan with the divergences of its choices as they were fitted."""
 
-    forms = {c.site: c.form for c in plan.choices}
+    def fitted(choice: Choice) -> Choice:
+        if choice.site not in fits:
+            return choice
+        fit = fits[choice.site]
+        return replace(
+            choice,
+            setting=as_values(fit.setting),
+            stored=sum(operator.nbytes for operator in fit.operators),
+            resident=sum(operator.resident for operator in fit.operators),
+            divergence=fit.divergence * run.gain(choice.site, choice.form),
+        )
 
-    def divergence(site: str) -> float:
-        return fits[site].divergence * run.gain(site, forms[site]) if site in fits else 0.0
-
-    choices = tuple(replace(c, divergence=divergence(c.site)) for c in plan.choices)
-    interaction = Interaction.of(run)
-    return replace(plan, choices=choices, divergence=interaction.whole(sum(c.divergence for c in choices)))
+    choices = tuple(fitted(choice) for choice in plan.choices)
+    divergence = Interaction.of(run).whole(sum(c.divergence for c in choices))
+    return replace(plan, choices=choices, divergence=divergence)
 
 
 def _fit_in_order(

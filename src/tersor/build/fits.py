@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tersor.curves.draw import fit_site, site_metrics
 from tersor.engine import map_units
-from tersor.forms import Operator, form_named
+from tersor.forms import Operator, as_values, form_named, setting_of, settings_of, stacked
 from tersor.metrics import Metric
 from tersor.models.model import Model
 from tersor.models.sites import Site
@@ -34,6 +34,11 @@ class Fit:
 
     operators: list[Operator]
     divergence: float
+
+    @property
+    def setting(self) -> Any:
+        """The setting as the fit completed it."""
+        return stacked([operator.setting for operator in self.operators])
 
     def matrices(self) -> Tensor:
         """The decoded weight (stack, rows, columns)."""
@@ -65,7 +70,8 @@ def load_fit(run: Run, site: Site, choice: Choice) -> Fit:
     """The fit of a choice that stands in the run."""
     form = form_named(choice.form)
     stored = run.tensors(_file(choice))
-    operators = [form.empty(site.shape, form.setting(choice.setting)) for _ in range(site.stack)]
+    values = json.loads(bytes(stored["setting"].tolist()))
+    operators = [form.empty(site.shape, setting) for setting in settings_of(setting_of(form, values), site.stack)]
     for number, operator in enumerate(operators):
         operator.load_state_dict({k.split("|")[1]: v for k, v in stored.items() if k.startswith(f"{number}|")})
     return Fit(operators, float(stored["divergence"]))
@@ -74,7 +80,7 @@ def load_fit(run: Run, site: Site, choice: Choice) -> Fit:
 def fit_choice(weights: Tensor, metrics: list[Metric], choice: Choice) -> Fit:
     """Fit a choice now, under given metrics."""
     form = form_named(choice.form)
-    fit = Fit(fit_site(form, weights, metrics, form.setting(choice.setting)), 0.0)
+    fit = Fit(fit_site(form, weights, metrics, setting_of(form, choice.setting)), 0.0)
     distances = (m.distance(w - r) for m, w, r in zip(metrics, weights, fit.matrices(), strict=True))
     return Fit(fit.operators, sum(distances))
 
@@ -83,6 +89,8 @@ def fit_unit(weights: Tensor, metrics: list[Metric], choice: Choice) -> dict[str
     """The unit of work: a fit as tensors to be stored."""
     fit = fit_choice(weights, metrics, choice)
     tensors = {f"{i}|{k}": v for i, operator in enumerate(fit.operators) for k, v in operator.state_dict().items()}
+    setting = json.dumps(as_values(fit.setting)).encode()
+    tensors["setting"] = torch.tensor(list(setting), dtype=torch.uint8)
     return {**tensors, "divergence": torch.tensor(fit.divergence, dtype=torch.float64)}
 
 

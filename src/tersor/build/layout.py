@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.build.layers import layer_for
-from tersor.forms import Operator, form_named
+from tersor.forms import Operator, form_named, setting_of, settings_of
 from tersor.models.files import DTYPES, file_bytes
 from tersor.models.sites import Site
 from tersor.plan import Choice
@@ -54,9 +54,9 @@ class Layout:
                 continue
             replaced |= {f"{m}.{p}".removeprefix(".") for m, p in site.places}
             form = form_named(choice.form)
-            with torch.device("meta"):
-                state = form.empty(site.shape, form.setting(choice.setting)).state_dict()
-            for k in range(site.stack):
+            for k, setting in enumerate(settings_of(setting_of(form, choice.setting), site.stack)):
+                with torch.device("meta"):
+                    state = form.empty(site.shape, setting).state_dict()
                 specs += [(f"{prefix.format(k)}.{n}", tuple(b.shape), b.dtype) for n, b in state.items()]
         return file_bytes(specs + [entry for entry in self.tensors if entry[0] not in replaced])
 

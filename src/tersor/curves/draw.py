@@ -16,7 +16,19 @@ from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
 from tersor.engine import map_units
-from tersor.forms import FORMS, Candidate, Cost, Form, IntSetting, Operator, Shape, cost_of, form_named
+from tersor.forms import (
+    FORMS,
+    Candidate,
+    Cost,
+    Form,
+    IntSetting,
+    Operator,
+    Shape,
+    cost_of,
+    form_named,
+    settings_of,
+    stacked,
+)
 from tersor.metrics import Metric, Side
 from tersor.models.compare import Reference, substituted
 from tersor.models.model import Model
@@ -113,7 +125,7 @@ def draw_unit(
     """The curves of one site by form, each with the seconds it took; a site not used has one safe candidate."""
     if metrics[0].scale == 0.0:
         shape = (weights.shape[1], weights.shape[2])
-        unused = Candidate("int", UNUSED, _times(cost_of(FORMS["int"], shape, UNUSED), len(weights)), 0.0)
+        unused = Candidate("int", UNUSED, _sum([cost_of(FORMS["int"], shape, UNUSED)] * len(weights)), 0.0)
         return {name: ([unused], 0.0) for name in forms}
     curves = {}
     for name in forms:
@@ -136,17 +148,26 @@ def given_ladder(form: Form, shape: Shape, values: Sequence[Mapping[str, Any]] |
 def stacked_curve(
     form: Form, weights: Tensor, metrics: list[Metric], settings: Sequence[Any] | None = None
 ) -> list[Candidate]:
-    """The curve of a stack of matrices that share a setting: costs and divergences add."""
-    curves = [form.curve(w, m, settings) for w, m in zip(weights, metrics, strict=True)]
+    """The curve of a stack of matrices that share a setting: costs and divergences add.
+
+    Where the matrices are worth different settings, each gets those of the others too.
+    """
+    curves = [{c.setting: c for c in form.curve(w, m, settings)} for w, m in zip(weights, metrics, strict=True)]
+    ladder = dict.fromkeys(setting for curve in curves for setting in curve)
+    for curve, weight, metric in zip(curves, weights, metrics, strict=True):
+        missing = [setting for setting in ladder if setting not in curve]
+        curve.update({c.setting: c for c in form.curve(weight, metric, missing)} if missing else {})
+    stacks = ([curve[setting] for curve in curves] for setting in ladder)
     return [
-        Candidate(form.name, same[0].setting, _times(same[0].cost, len(same)), sum(c.divergence for c in same))
-        for same in zip(*curves, strict=True)
+        Candidate(form.name, stacked([c.setting for c in s]), _sum([c.cost for c in s]), sum(c.divergence for c in s))
+        for s in stacks
     ]
 
 
 def fit_site(form: Form, weights: Tensor, metrics: list[Metric], setting: Any) -> list[Operator]:
     """Fit one setting at every matrix of a site."""
-    return [form.fit(w, m, setting) for w, m in zip(weights, metrics, strict=True)]
+    settings = settings_of(setting, len(weights))
+    return [form.fit(w, m, s) for w, m, s in zip(weights, metrics, settings, strict=True)]
 
 
 def probe_gains(run: Run, model: Model, site: Site, reference: Reference, forms: Sequence[str]) -> None:
@@ -173,5 +194,6 @@ def probe_gains(run: Run, model: Model, site: Site, reference: Reference, forms:
     run.put(f"gain/{site.name}", found)
 
 
-def _times(cost: Cost, count: int) -> Cost:
-    return Cost(cost.stored * count, cost.resident * count, cost.flops)
+def _sum(costs: Sequence[Cost]) -> Cost:
+    """The cost of a stack: a position passes through one of its matrices."""
+    return Cost(sum(c.stored for c in costs), sum(c.resident for c in costs), costs[0].flops)

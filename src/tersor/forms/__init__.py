@@ -6,7 +6,20 @@ import difflib
 from collections.abc import Iterable
 
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Cost, Form, Operator, Setting, Shape, as_values, cost_of
+from tersor.forms.base import (
+    Candidate,
+    Cost,
+    Form,
+    Operator,
+    Setting,
+    Shape,
+    as_values,
+    cost_of,
+    setting_of,
+    settings_of,
+    stacked,
+)
+from tersor.forms.coded import CodedForm, CodedSetting
 from tersor.forms.integers import IntForm, IntSetting
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.sums import SumForm, SumSetting
@@ -20,7 +33,7 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
 
 
 FORMS: dict[str, Form] = {
-    form.name: form for form in (IntForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections))
+    form.name: form for form in (IntForm(), CodedForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections))
 }
 
 
@@ -35,6 +48,8 @@ def form_named(name: str) -> Form:
 __all__ = [
     "FORMS",
     "Candidate",
+    "CodedForm",
+    "CodedSetting",
     "Cost",
     "Form",
     "IntForm",
@@ -49,4 +64,7 @@ __all__ = [
     "as_values",
     "cost_of",
     "form_named",
+    "setting_of",
+    "settings_of",
+    "stacked",
 ]

@@ -1,12 +1,13 @@
 """The contract of a form: a family of cheap operators, its settings, their exact cost, and how one is fitted.
 
 A form knows weights and metrics, never models. A setting is a frozen dataclass; an operator is an `nn.Module` whose
-buffers are integers or bit patterns, so that moving a model or changing its dtype never changes what is stored.
+buffers are integers or bit patterns, so that moving a model or changing its dtype never changes what is stored. Where
+sizes depend on the weight, as those of entropy-coded integers do, a fit completes the setting with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -63,6 +64,11 @@ class Operator(nn.Module):
         return sum(b.numel() * b.element_size() for b in self.state_dict().values())
 
     @property
+    def resident(self) -> int:
+        """Bytes in memory, ready to run."""
+        return self.nbytes
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of one matrix-vector product."""
         return 2 * self.shape[0] * self.shape[1]
@@ -91,7 +97,10 @@ class Operator(nn.Module):
 
 
 class Form(Protocol):
-    """A family of cheap operators. One file in `forms/`, one line in the registry."""
+    """A family of cheap operators. One file in `forms/`, one line in the registry.
+
+    `curve` and `fit` give settings that are complete: from one, `empty` makes an operator of exactly the fitted sizes.
+    """
 
     name: str
 
@@ -111,10 +120,10 @@ class Form(Protocol):
 
 
 def cost_of(form: Form, shape: Shape, setting: Any) -> Cost:
-    """The exact cost of a setting, read off an operator without data."""
+    """The exact cost of a complete setting, read off an operator without data."""
     with torch.device("meta"):
         operator = form.empty(shape, setting)
-    return Cost(operator.nbytes, operator.nbytes, operator.flops)
+    return Cost(operator.nbytes, operator.resident, operator.flops)
 
 
 def fitted_candidate(form: Form, weight: Tensor, metric: Metric, setting: Any) -> tuple[Operator, Candidate]:
@@ -122,6 +131,35 @@ def fitted_candidate(form: Form, weight: Tensor, metric: Metric, setting: Any) -
     operator = form.fit(weight, metric, setting)
     divergence = metric.distance(weight.float() - operator.dense())
     return operator, Candidate(form.name, setting, cost_of(form, tuple(weight.shape), setting), divergence)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The settings of the matrices of a stack, where fits completed one setting in several ways."""
+
+    stack: tuple[Any, ...]
+
+    @property
+    def label(self) -> str:
+        return str(self.stack[0].label)
+
+
+def stacked(settings: Sequence[Any]) -> Any:
+    """The settings of the matrices of a stack as one."""
+    alike = all(as_values(s) == as_values(settings[0]) for s in settings)
+    return settings[0] if alike else Stacked(tuple(settings))
+
+
+def setting_of(form: Form, values: Mapping[str, Any]) -> Any:
+    """The setting, or the settings of a stack, of plain values."""
+    if "stack" in values:
+        return Stacked(tuple(form.setting(v) for v in values["stack"]))
+    return form.setting(values)
+
+
+def settings_of(setting: Any, count: int) -> list[Any]:
+    """The setting of every matrix of a stack of `count`."""
+    return list(setting.stack) if isinstance(setting, Stacked) else [setting] * count
 
 
 def as_values(setting: Any) -> dict[str, Any]:

@@ -19,7 +19,10 @@ def settle(
     weight: Array,
     scale: Array,
     zero: Array,
+    low: float,
     top: float,
+    prices: Array,
+    classes: Array,
     turned_o: Array,
     turned_i: Array,
     coupled: bool,
@@ -29,9 +32,11 @@ def settle(
     """Round a tile (rows, columns) in place into `rounded` and `error`.
 
     `target` is the weight moved by the errors outside of the tile; `turned_o` and `turned_i` are the transposed unit
-    lower factors inside it, `coupled` says whether rows feel one another.
+    lower factors inside it, `coupled` says whether rows feel one another. `prices` (classes, magnitudes) are what codes
+    cost in units of a squared step, by the class of their entry; with none, a code is the nearest.
     """
     rows, columns = target.shape
+    dearest = prices.shape[1] - 1
     along = np.zeros(rows, dtype=target.dtype)  # (E L_i) of the settled part of each row
     felt = np.zeros(rows, dtype=target.dtype)
     for j in range(columns - 1, -1, -1):
@@ -45,7 +50,13 @@ def settle(
             if coupled:
                 for k in range(i + 1, rows):
                     moved += turned_o[i, k] * felt[k]
-            code = min(max(np.rint(moved / scale[i, j] + zero[i, j]), 0.0), top)
+            exact = moved / scale[i, j] + zero[i, j]
+            code = min(max(np.rint(exact), low), top)
+            if dearest > 0 and 0 < abs(code) <= dearest:
+                price, toward = prices[classes[i, j]], code - np.sign(code)
+                kept = (exact - code) ** 2 + price[int(abs(code))]
+                if (exact - toward) ** 2 + price[int(abs(toward))] < kept:
+                    code = toward
             value = (code - zero[i, j]) * scale[i, j]
             rounded[i, j] = value
             error[i, j] = weight[i, j] - value

@@ -17,24 +17,48 @@ FREE_ROWS = 4096  # rows of a tile where they do not feel one another
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What codes cost beside their error: `table` (classes, magnitudes) in squared steps, `classes` (rows, columns)."""
+
+    table: Tensor
+    classes: Tensor
+
+
+@dataclass(frozen=True)
 class Grid:
-    """The values an entry may take: `scale * (code - zero)`, codes from 0 to `top`; scale and zero (rows, columns)."""
+    """The values an entry may take: `scale * (code - zero)`, codes from `low` to `top`; scale and zero (rows, columns).
+
+    With `prices` (for grids around zero) an entry takes the next code towards zero where that costs less in all.
+    """
 
     scale: Tensor
     zero: Tensor
     top: float
+    low: float = 0.0
+    prices: Prices | None = None
 
     def codes(self, values: Tensor) -> Tensor:
-        """The codes nearest to `values` (rows, columns)."""
-        return (values / self.scale + self.zero).round().clamp(0, self.top)
+        """The codes nearest to `values` (rows, columns), or the cheapest near to them."""
+        exact = values / self.scale + self.zero
+        codes = exact.round().clamp(self.low, self.top)
+        if self.prices is None:
+            return codes
+        table, classes = self.prices.table, self.prices.classes.long()
+        dearest, toward = table.shape[1] - 1, codes - codes.sign()
+
+        def cost(codes: Tensor) -> Tensor:
+            return (exact - codes).square() + table[classes, codes.abs().clamp_max(dearest).long()]
+
+        return torch.where((cost(toward) < cost(codes)) & (codes.abs() <= dearest), toward, codes)
 
     def nearest(self, values: Tensor) -> Tensor:
-        """The grid's values nearest to `values` (rows, columns)."""
+        """The grid's values at `codes(values)`."""
         return (self.codes(values) - self.zero) * self.scale
 
     @property
     def turned(self) -> Grid:
-        return Grid(self.scale.T, self.zero.T, self.top)
+        prices = None if self.prices is None else Prices(self.prices.table, self.prices.classes.T)
+        return Grid(self.scale.T, self.zero.T, self.top, self.low, prices)
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, rows: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -60,6 +84,8 @@ def _by_tiles(weight: Tensor, grid: Grid, lower_o: Tensor | None, lower_i: Tenso
 
     weight = weight.cpu().contiguous()
     scale, zero = (g.to(weight).contiguous() for g in (grid.scale, grid.zero))
+    prices = grid.prices or Prices(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.uint8).expand(weight.shape))
+    table = prices.table.to(weight).numpy()
     lower_i = lower_i.to(weight)
     lower_o = None if lower_o is None else lower_o.to(weight)
     rounded, error, spread = torch.empty_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)
@@ -78,7 +104,8 @@ def _by_tiles(weight: Tensor, grid: Grid, lower_o: Tensor | None, lower_i: Tenso
             at = (o, i)
             values = [t.numpy() for t in (target, weight[at], scale[at], zero[at])]
             made = [t.numpy() for t in (inner_o, inner_i, rounded[at], error[at])]
-            settle(*values, grid.top, *made[:2], lower_o is not None, *made[2:])  # type: ignore[arg-type,call-arg]
+            classes = prices.classes[at].numpy()
+            settle(*values, grid.low, grid.top, table, classes, *made[:2], lower_o is not None, *made[2:])  # type: ignore[arg-type,call-arg]
             if lower_o is not None:
                 spread[at] = later + error[at] @ lower_i[i, i]
     return rounded

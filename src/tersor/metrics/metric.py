@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from tersor.errors import TersorError
@@ -72,6 +73,19 @@ class Side:
             return None, self.moment.double()
         pivot = self.cholesky.diagonal()
         return self.cholesky / pivot, pivot.square()
+
+    @cached_property
+    def pivoted_order(self) -> Tensor:
+        """The order (n,) of a pivoted factorisation: each index has the largest variance given those before it."""
+        if self.is_diagonal:
+            return torch.arange(self.size)
+        _, pivots, _, _ = lapack.dpstrf(self.moment.double().cpu().numpy(), lower=1)
+        return torch.from_numpy(pivots.astype("int64") - 1)
+
+    def permuted(self, order: Tensor) -> Side:
+        """The side of a matrix whose indices stand in this order."""
+        order = order.to(self.moment.device)
+        return Side(self.moment[order] if self.is_diagonal else self.moment[order][:, order])
 
     def apply(self, matrix: Tensor) -> Tensor:
         """The moment times `matrix` (n, m)."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tersor.errors import UnreachableBudget
-from tersor.forms import Candidate, Operator, as_values, form_named
+from tersor.forms import Candidate, Operator, as_values, form_named, settings_of
 from tersor.models.sites import Site
 from tersor.plan.budget import Limits
 from tersor.plan.solve import Menu, Option, Solution, front, solve
@@ -223,12 +223,12 @@ def _entry_bytes(site: Site, candidate: Candidate | None) -> int:
     if candidate is None:
         names = [(site.parameter_name, site.parameter_shape)]
     else:
-        with torch.device("meta"):
-            operator: Operator = form_named(candidate.form).empty(site.shape, candidate.setting)
-        prefix = f"{site.parameter_name}.operators."
-        names = [
-            (f"{prefix}{k}.{n}", tuple(b.shape)) for k in range(site.stack) for n, b in operator.state_dict().items()
-        ]
+        form, prefix = form_named(candidate.form), f"{site.parameter_name}.operators."
+        names = []
+        for k, setting in enumerate(settings_of(candidate.setting, site.stack)):
+            with torch.device("meta"):
+                operator: Operator = form.empty(site.shape, setting)
+            names += [(f"{prefix}{k}.{n}", tuple(b.shape)) for n, b in operator.state_dict().items()]
     return sum(len(name) + len(str(list(shape))) + 70 for name, shape in names)
 
 

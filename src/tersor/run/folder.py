@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms import Candidate, Cost, as_values, form_named
+from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
 from tersor.models.files import write_safetensors
 
 _SCHEMA = """
@@ -137,7 +137,7 @@ class Run:
         """All candidates of a site, smallest first."""
         query = "SELECT form, setting, stored, resident, flops, predicted FROM candidates WHERE site = ? "
         for form, setting, stored, resident, flops, predicted in self._rows(query + "ORDER BY stored, predicted", site):
-            values = form_named(form).setting(json.loads(setting))
+            values = setting_of(form_named(form), json.loads(setting))
             yield Candidate(form, values, Cost(stored, resident, flops), predicted)
 
     def gain(self, site: str, form: str) -> float:

@@ -1,0 +1,294 @@
+"""The form `coded`: integers at their entropy, one step a row and a column, with two-sided feedback.
+
+With unit lower factors of the two moments of a metric, the error of a site is a sum over its entries of
+`scale * d_o[i] d_i[j] eta[i, j]^2` (P147). So an entry gets the step `S[i, j] = step / sqrt(2 scale d_o[i] d_i[j])`:
+every entry of every site then does the damage `step^2 / 24`, slopes are equal, and one step for the whole model is the
+best allocation. Entries that do not matter become zeros, which an entropy coder makes nearly free. `W_hat` is
+`diag(S_o) C diag(S_i)` with integers `C`, stored as a stream (`coding/`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersor.coding import Coded, code_costs, decode, encode
+from tersor.errors import TersorError
+from tersor.forms.base import Candidate, Operator, Shape, cost_of
+from tersor.forms.packing import pack, packed_width, unpack
+from tersor.forms.rounding import Grid, Prices, round_with_feedback
+from tersor.metrics import Metric
+
+RUNGS = 4  # steps of a ladder to an octave: a quarter of a bit apart
+RATES = (0.1, 6.5)  # bits an entry between which a curve is drawn
+RESOLUTION = 4  # factors of steps to an octave
+FARTHEST = 60 * RESOLUTION  # factors lie between 2^-60 and 2^60
+LARGEST = 2.0**20  # the magnitude of a code
+PACKED_BITS = (2, 3, 4, 5, 6, 8)
+Ints = np.ndarray[Any, Any]
+BLOCK = 1 << 22  # entries that are decoded at a time where a product allows it
+
+
+@dataclass(frozen=True)
+class CodedSetting:
+    """`step` is the square root of 24 times the damage that an entry may do, in nats; `trade` prices bits in rounding.
+
+    `stored` and `resident` are the bytes of the stream and of the integers packed in memory; a fit fills them in.
+    """
+
+    step: float
+    trade: float = 0.25
+    stored: int | None = field(default=None, compare=False)
+    resident: int | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < math.inf:
+            raise TersorError(f"coded: step is {self.step}, but must be above zero.")
+        if not 0 <= self.trade <= 1:
+            raise TersorError(f"coded: trade is {self.trade}, but must lie between 0 and 1.")
+
+    @property
+    def label(self) -> str:
+        return f"coded {self.step:.2g}"
+
+
+class CodedOperator(Operator):
+    """A stream; decoded when first used into packed integers, escapes, and the logarithms of the steps."""
+
+    setting: CodedSetting
+    stream: Tensor
+
+    def __init__(self, shape: Shape, setting: CodedSetting) -> None:
+        super().__init__(shape, setting)
+        self.register_buffer("stream", torch.zeros(setting.stored or 0, dtype=torch.uint8))
+        self._unpacked: Packed | None = None
+        self._read: tuple[int, int] | None = None
+
+    @property
+    def resident(self) -> int:
+        return self.nbytes + (self.setting.resident or 0)
+
+    def packed(self) -> Packed:
+        """The integers as they lie in memory, on the device of the stream; decoded where the stream is new."""
+        read = (self.stream.data_ptr(), self.stream._version)
+        if self._unpacked is None or self._read != read:
+            coded = decode(self.stream.cpu().numpy().tobytes())
+            if coded.codes.shape != self.shape:
+                raise TersorError(f"A coded stream holds {coded.codes.shape}, where {self.shape} is due.")
+            self._unpacked, self._read = Packed.of(coded).to(self.stream.device), read
+        return self._unpacked
+
+    def decode(self) -> Tensor:
+        return self.packed().rows(None)
+
+    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._decoded is not None:
+            return super().take(index, dtype)
+        rows = self.packed().rows(index.reshape(-1))
+        return rows.reshape(*index.shape, self.shape[1]).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = max(1, BLOCK // self.shape[1])
+        if self._decoded is not None or rows >= self.shape[0]:
+            return super().forward(x)
+        packed = self.packed()
+        blocks = torch.arange(self.shape[0], device=x.device).split(rows)
+        return torch.cat([nn.functional.linear(x, packed.rows(block).to(x.dtype)) for block in blocks], -1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Codes (rows, bytes) of `bits` bits above the lowest; those beyond are escapes, at sorted positions."""
+
+    shape: Shape
+    bits: int
+    codes: Tensor
+    positions: Tensor
+    escapes: Tensor
+    row_logs: Tensor
+    column_logs: Tensor
+    resolution: int
+
+    @classmethod
+    def of(cls, coded: Coded) -> Packed:
+        """In the number of bits that takes the fewest bytes."""
+        shape = (coded.codes.shape[0], coded.codes.shape[1])
+        bits = min(PACKED_BITS, key=lambda bits: _packed_bytes(coded.codes, bits))
+        codes = torch.from_numpy(coded.codes)
+        half = 1 << (bits - 1)
+        outside = (codes < -half) | (codes >= half)
+        positions = outside.reshape(-1).nonzero().reshape(-1)
+        rows, columns = (torch.from_numpy(side.astype(np.int16)) for side in (coded.rows, coded.columns))
+        escapes = codes.reshape(-1)[positions].to(torch.int32)
+        small = codes.clamp(-half, half - 1) + half
+        return cls(shape, bits, pack(small, bits), positions, escapes, rows, columns, coded.resolution)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._tensors.values())
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+
+    def to(self, device: torch.device) -> Packed:
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        return replace(self, **moved)
+
+    def rows(self, index: Tensor | None) -> Tensor:
+        """The matrix, or its rows at `index` (n,), in float32."""
+        codes, logs = self.codes, self.row_logs
+        if index is not None:
+            codes, logs = codes[index], logs[index]
+        values = unpack(codes, self.bits, self.shape[1]).to(torch.float32) - float(1 << (self.bits - 1))
+        if len(self.positions):
+            at, escapes = self._escapes_of(index)
+            values.reshape(-1)[at] = escapes.to(torch.float32)
+        values *= torch.exp2(logs.float() / self.resolution)[:, None]
+        values *= torch.exp2(self.column_logs.float() / self.resolution)
+        return values
+
+    def _escapes_of(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where the escapes lie among the rows at `index`, and what they are."""
+        if index is None:
+            return self.positions, self.escapes
+        columns = self.shape[1]
+        first, last = (torch.searchsorted(self.positions, (index + k) * columns) for k in (0, 1))
+        counts = last - first
+        row = torch.repeat_interleave(torch.arange(len(index), device=index.device), counts)
+        inside = torch.arange(len(row), device=index.device) - (counts.cumsum(0) - counts)[row]
+        escape = first[row] + inside
+        return row * columns + self.positions[escape] % columns, self.escapes[escape]
+
+
+def _packed_bytes(codes: np.ndarray[Any, Any], bits: int) -> int:
+    half = 1 << (bits - 1)
+    escapes = int(((codes < -half) | (codes >= half)).sum())
+    return int(codes.shape[0]) * packed_width(int(codes.shape[1]), bits) + 12 * escapes
+
+
+class CodedForm:
+    """Integers at their entropy."""
+
+    name = "coded"
+
+    def settings(self, shape: Shape) -> Iterable[CodedSetting]:
+        """All steps that might be worth trying; a curve takes those within `RATES`."""
+        return (CodedSetting(_step(rung)) for rung in range(-4, -64, -1))
+
+    def setting(self, values: Mapping[str, Any]) -> CodedSetting:
+        return CodedSetting(**values)
+
+    def probe(self, shape: Shape) -> None:
+        return None
+
+    def empty(self, shape: Shape, setting: CodedSetting) -> CodedOperator:
+        return CodedOperator(shape, setting)
+
+    def curve(self, weight: Tensor, metric: Metric, settings: Iterable[CodedSetting] | None = None) -> list[Candidate]:
+        lattice = _Lattice.of(weight, metric)
+        shape: Shape = (weight.shape[0], weight.shape[1])
+        candidates = []
+        for setting in lattice.ladder() if settings is None else settings:
+            operator = lattice.fit(setting)
+            divergence = metric.distance(weight.detach().float() - operator.dense())
+            cost = cost_of(self, shape, operator.setting)
+            candidates.append(Candidate(self.name, operator.setting, cost, divergence))
+        return candidates
+
+    def fit(self, weight: Tensor, metric: Metric, setting: CodedSetting) -> CodedOperator:
+        return _Lattice.of(weight, metric).fit(setting)
+
+
+def _step(rung: int) -> float:
+    return float(2.0 ** (rung / RUNGS))
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """A weight in the order in which it is rounded, with the factors of its metric and the logarithms of unit steps.
+
+    The order is that of a pivoted factorisation, which spreads the pivots most; it need not be stored.
+    """
+
+    weight: Tensor
+    row_order: Tensor
+    column_order: Tensor
+    lower_rows: Tensor | None
+    lower_columns: Tensor | None
+    row_logs: np.ndarray[Any, Any]
+    column_logs: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, weight: Tensor, metric: Metric) -> _Lattice:
+        weight = weight.detach().float().cpu()
+        row_order, column_order = metric.rows.pivoted_order, metric.columns.pivoted_order
+        (lower_rows, d_rows), (lower_columns, d_columns) = (
+            side.permuted(order).unit_lower
+            for side, order in ((metric.rows, row_order), (metric.columns, column_order))
+        )
+        logs = (_logs(d_rows * 2 * max(metric.scale, 1e-300)), _logs(d_columns))
+        return cls(weight[row_order][:, column_order], row_order, column_order, lower_rows, lower_columns, *logs)
+
+    def fit(self, setting: CodedSetting) -> CodedOperator:
+        """Round with feedback, encode. Steps that are too small for any code are taken larger."""
+        rows = np.clip(np.rint(self.row_logs + RESOLUTION * math.log2(setting.step)), -FARTHEST, FARTHEST).astype(int)
+        columns = np.clip(np.rint(self.column_logs), -FARTHEST, FARTHEST).astype(int)
+        scale = _outer(rows, columns)
+        beyond = float((self.weight / scale).abs().max()) * 16 / LARGEST
+        if beyond > 1:
+            rows = rows + math.ceil(RESOLUTION * math.log2(beyond))
+            scale = _outer(rows, columns)
+        prices = None
+        if setting.trade > 0:
+            plain = (self.weight / scale).round().clamp(-LARGEST, LARGEST).int()
+            bits, classes = code_costs(Coded(plain.numpy(), rows, columns, RESOLUTION))
+            table = setting.trade * math.log(2) / 6 * torch.from_numpy(bits).float()
+            prices = Prices(table, torch.from_numpy(classes))
+        grid = Grid(scale, torch.zeros(()).expand(scale.shape), LARGEST, -LARGEST, prices)
+        rounded = round_with_feedback(self.weight, grid, self.lower_rows, self.lower_columns)
+        return _operator((rounded / scale).round().int(), rows, columns, self, setting)
+
+    def ladder(self) -> Iterable[CodedSetting]:
+        """The steps whose rate, were the weights Gaussians, lies within `RATES`."""
+        scale = np.exp2((np.rint(self.row_logs)[:, None] + np.rint(self.column_logs)[None]) / RESOLUTION)
+        size = float(self.weight.square().mean().sqrt()) + 1e-30
+        squares = np.square(size / scale.ravel()[:: max(1, scale.size // 65536)])
+        for rung in range(16, -100, -1):
+            rate = float(np.log2(1 + 12 * squares / _step(rung) ** 2).mean() / 2)
+            if rate > RATES[1]:
+                return
+            if rate >= RATES[0]:
+                yield CodedSetting(_step(rung))
+
+
+def _outer(rows: Ints, columns: Ints) -> Tensor:
+    """The steps of all entries, from their logarithms."""
+    return torch.from_numpy(np.exp2((rows[:, None] + columns[None]) / RESOLUTION).astype(np.float32))
+
+
+def _logs(pivots: Tensor) -> np.ndarray[Any, Any]:
+    """Logarithms of the steps of one side at step 1, in units of 1 / RESOLUTION."""
+    logs: np.ndarray[Any, Any] = np.log2(pivots.double().clamp_min(1e-300).numpy())
+    return -RESOLUTION / 2 * logs
+
+
+def _operator(codes: Tensor, rows: Ints, columns: Ints, lattice: _Lattice, setting: CodedSetting) -> CodedOperator:
+    """The codes in the order of the weight, encoded."""
+    back_rows, back_columns = (order.argsort() for order in (lattice.row_order, lattice.column_order))
+    coded = Coded(
+        codes[back_rows][:, back_columns].numpy(), rows[back_rows.numpy()], columns[back_columns.numpy()], RESOLUTION
+    )
+    stream = torch.frombuffer(bytearray(encode(coded)), dtype=torch.uint8)
+    packed = Packed.of(coded)
+    operator = CodedOperator((len(rows), len(columns)), replace(setting, stored=len(stream), resident=packed.nbytes))
+    operator.stream = stream
+    operator._unpacked, operator._read = packed, (stream.data_ptr(), stream._version)
+    return operator

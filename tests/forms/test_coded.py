@@ -1,0 +1,167 @@
+"""The form `coded`: equal slopes, the price of bits, and what lies in memory when it runs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tersor.coding import Coded, StreamError, decode
+from tersor.errors import TersorError
+from tersor.forms import CodedForm, CodedSetting, IntForm, IntSetting, stacked
+from tersor.forms.coded import Packed
+from tersor.metrics import Metric, Side
+from tersor.plan.solve import Option, solve
+
+FORM = CodedForm()
+
+
+def moments(rows: int, columns: int, seed: int = 0, scale: float = 0.5) -> Metric:
+    """Two full moments with spectra that fall off, of any size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def side(size: int) -> Side:
+        basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+        values = torch.logspace(0, -2, size, dtype=torch.float64)
+        return Side(((basis * values) @ basis.T).float())
+
+    return Metric("kronecker", side(rows), side(columns), scale)
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_entry_does_the_damage_of_its_step() -> None:
+    """Where steps are small the error of an entry is uniform: `step^2 / 24` nats each, whatever the metric."""
+    for seed, (rows, columns) in enumerate([(96, 128), (128, 96), (64, 200)]):
+        weight, metric = gaussian(rows, columns, seed), moments(rows, columns, seed, scale=3.0**seed)
+        step = 0.1 * math.sqrt(metric.scale * 1e-4)
+        operator = FORM.fit(weight, metric, CodedSetting(step, trade=0.0))
+        assert metric.distance(weight - operator.dense()) == pytest.approx(rows * columns * step**2 / 24, rel=0.05)
+
+
+def test_equal_slopes_the_planner_takes_one_step_everywhere() -> None:
+    """Sites of other shapes, weights and metrics: the best plan under any budget has all within one rung of another."""
+    menus, steps = [], {}
+    for site, (rows, columns, size, scale) in enumerate([(64, 64, 1, 0.5), (96, 64, 5, 0.5), (64, 128, 0.3, 40.0)]):
+        curve = FORM.curve(size * gaussian(rows, columns, site), moments(rows, columns, site, scale))
+        menus.append([Option(n, c.cost.stored, c.cost.resident, 0, c.divergence) for n, c in enumerate(curve)])
+        steps.update({(site, n): c.setting.step for n, c in enumerate(curve)})  # type: ignore[attr-defined]
+    for bits in (3.0, 4.0, 5.0):
+        budget = bits / 8 * (64 * 64 + 96 * 64 + 64 * 128)
+        chosen = [steps[site, o.key] for site, o in enumerate(solve(menus, {"stored": budget}).chosen)]  # type: ignore[index]
+        assert max(chosen) / min(chosen) <= 2**0.25 + 1e-6
+
+
+def test_one_code_path_for_all_metrics() -> None:
+    weight, metric = gaussian(64, 80), moments(64, 80)
+    plain = FORM.fit(weight, metric.coarsened("identity"), CodedSetting(0.05, trade=0.0))
+    coded = decode(plain.stream.numpy().tobytes())
+    assert len({*coded.rows, *coded.columns}) <= 2  # one step for all: a uniform scalar quantiser
+    assert np.array_equal(coded.codes, np.rint(weight.numpy() / 2 ** ((coded.rows[0] + coded.columns[0]) / 4)))
+    better = [
+        FORM.fit(weight, metric.coarsened(kind), CodedSetting(0.02)) for kind in ("identity", "input", "kronecker")
+    ]
+    per_bit = [metric.distance(weight - op.dense()) * 4 ** (8 * op.nbytes / weight.numel()) for op in better]
+    assert per_bit[0] > per_bit[1] > per_bit[2]
+
+
+def test_a_price_on_bits_buys_more_than_a_larger_step() -> None:
+    """At a bit and a half, rounding that knows what codes cost has less damage at the same size."""
+    weight, metric = gaussian(192, 256), moments(192, 256)
+    curves = {}
+    for trade in (0.0, 0.25):
+        curve = FORM.curve(weight, metric, [CodedSetting(0.01 * 2 ** (k / 2), trade) for k in range(16)])
+        curves[trade] = [(8 * c.cost.stored / weight.numel(), math.log(c.divergence)) for c in curve]
+
+    def at(bits: float, trade: float) -> float:
+        return float(np.interp(bits, *zip(*sorted(curves[trade]), strict=True)))
+
+    assert at(1.5, 0.25) < at(1.5, 0.0) - 0.1
+
+
+def test_it_beats_integers_in_groups_at_equal_bytes() -> None:
+    weight, metric = gaussian(128, 256), moments(128, 256)
+    plain = IntForm().fit(weight, metric, IntSetting(3, 64))
+    coded = [c for c in FORM.curve(weight, metric) if c.cost.stored <= plain.nbytes]
+    assert min(c.divergence for c in coded) < 0.7 * metric.distance(weight - plain.dense())
+
+
+def test_directions_that_do_not_matter_become_zeros() -> None:
+    weight = gaussian(64, 64)
+    columns = torch.ones(64)
+    columns[:32] = 1e-8
+    metric = Metric("diagonal", Side(torch.ones(64)), Side(columns), 0.5)
+    operator = FORM.fit(weight, metric, CodedSetting(0.3))
+    assert (operator.dense()[:, :32] == 0).all() and (operator.dense()[:, 32:] != 0).any()
+    assert 8 * operator.nbytes < 0.6 * 8 * FORM.fit(weight, metric.coarsened("identity"), CodedSetting(0.2)).nbytes
+
+
+def test_escapes_come_back_in_rows_and_whole() -> None:
+    generator = np.random.default_rng(0)
+    codes = np.rint(generator.normal(0, 0.8, (40, 30))).astype(np.int32)
+    codes[3, 7], codes[3, 8], codes[20, 0], codes[39, 29] = 1000, -500, 70, -70
+    coded = Coded(codes, np.zeros(40, int), np.full(30, 4), 4)
+    packed = Packed.of(coded)
+    assert packed.bits < 5 and len(packed.positions) >= 4
+    assert torch.equal(packed.rows(None), 2.0 * torch.from_numpy(codes).float())
+    index = torch.tensor([39, 3, 0, 3, 20])
+    assert torch.equal(packed.rows(index), packed.rows(None)[index])
+
+
+def test_products_in_blocks_are_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = FORM.fit(gaussian(50, 40), moments(50, 40), CodedSetting(0.01))
+    x = torch.randn(3, 40)
+    whole = operator(x)
+    monkeypatch.setattr("tersor.forms.coded.BLOCK", 400)
+    assert torch.allclose(operator(x), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_is_decoded_once_and_again_when_it_changes() -> None:
+    one, other = (FORM.fit(gaussian(20, 30, seed), moments(20, 30), CodedSetting(0.05)) for seed in (0, 1))
+    empty = FORM.empty((20, 30), one.setting)
+    empty.load_state_dict(one.state_dict())
+    assert torch.equal(empty.dense(), one.dense()) and empty.packed() is empty.packed()
+    empty.stream = other.stream.clone()
+    assert torch.equal(empty.dense(), other.dense())
+
+
+def test_a_damaged_stream_is_refused_when_it_is_used() -> None:
+    operator = FORM.fit(gaussian(20, 30), moments(20, 30), CodedSetting(0.05))
+    broken = FORM.empty((20, 30), operator.setting)
+    broken.stream = operator.stream.clone()
+    broken.stream[40] ^= 4
+    with pytest.raises(StreamError, match="checksum"):
+        broken(torch.randn(1, 30))
+    turned = FORM.empty((30, 20), operator.setting)
+    turned.stream = operator.stream
+    with pytest.raises(TersorError, match=r"holds \(20, 30\), where \(30, 20\) is due"):
+        turned.dense()
+
+
+def test_moving_and_saving_keeps_the_stream() -> None:
+    operator = FORM.fit(gaussian(20, 30), moments(20, 30), CodedSetting(0.05))
+    module = nn.Sequential(operator)
+    before = operator.stream.clone()
+    module.to(torch.float16)
+    module(torch.randn(2, 30).half())
+    assert torch.equal(module.state_dict()["0.stream"], before)
+
+
+def test_stacks_keep_a_size_for_every_matrix() -> None:
+    fits = [FORM.fit(size * gaussian(20, 30), moments(20, 30), CodedSetting(0.05)) for size in (1.0, 8.0)]
+    setting = stacked([fit.setting for fit in fits])
+    assert [s.stored for s in setting.stack] == [fit.nbytes for fit in fits]
+    assert setting.label == fits[0].setting.label
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"step": 0.0}, "step is 0.0"), ({"step": 1.0, "trade": 2}, "trade is 2")]
+)
+def test_settings_that_make_no_sense_are_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(TersorError, match=message):
+        FORM.setting(values)
