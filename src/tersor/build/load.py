@@ -1,19 +1,27 @@
 """Loading artifacts: `tersor.load(out)`, and the transformers quantiser behind `from_pretrained`.
 
-Operators are laid out empty, then filled from the file; nothing is fitted and no dense weight is made.
+Operators are laid out empty, then filled from the file; entropy-coded ones are decoded into packed integers. Nothing is
+fitted and no dense weight is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.build.artifact import WEIGHTS, install_empty, load_weights, read_record
+from tersor.engine import map_units
 from tersor.errors import TersorError
+from tersor.forms import Operator
 from tersor.models.files import open_checkpoint
+
+MANY_WEIGHTS = 200_000_000  # fewer are decoded here: starting workers would take longer
+Progress = Callable[[str, int, int], Any]
 
 
 def load(
@@ -22,8 +30,9 @@ def load(
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    progress: Progress = lambda *_: None,
 ) -> nn.Module:
-    """Load the built model of an artifact.
+    """Load the built model of an artifact. `progress(name, done, total)` hears of every weight that is decoded.
 
     For a Hugging Face artifact nothing else is needed. For a module of your own give the module as it was before, its
     factory, or `file.py:factory`: an artifact never names code to be run. Raises TersorError for a damaged artifact.
@@ -31,7 +40,7 @@ def load(
     folder = Path(folder)
     record = read_record(folder)
     if record["model"]["kind"] == "huggingface" and model is None:
-        return _load_huggingface(folder, device, dtype)
+        return prepare(_load_huggingface(folder, device, dtype), progress)
     if model is None:
         raise TersorError(
             f"{folder} was made from a module of your own; give it as tersor.load(folder, model=...), "
@@ -45,7 +54,34 @@ def load(
     install_empty(module, record["sites"])
     load_weights(module, folder)
     module.to(device=device, dtype=dtype)
+    prepare(module, progress)
     return module.eval()
+
+
+def prepare(module: nn.Module, progress: Progress = lambda *_: None, workers: int | None = None) -> nn.Module:
+    """Make all operators of a module ready to run: entropy-coded weights are decoded, many of them in processes."""
+    operators = {name: child for name, child in module.named_modules() if isinstance(child, Operator)}
+    waiting = {name: operator for name, operator in operators.items() if operator.unready() is not None}
+    many = sum(op.shape[0] * op.shape[1] for op in waiting.values()) > MANY_WEIGHTS
+
+    def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
+        for name, operator in waiting.items():
+            yield name, partial(_work_of, operator)
+
+    for done, (name, made) in enumerate(map_units(_call, units(), workers if many else 1), 1):
+        waiting[name].adopt(made)
+        progress(name, done, len(waiting))
+    return module
+
+
+def _work_of(operator: Operator) -> tuple[Any, ...]:
+    work = operator.unready()
+    assert work is not None
+    return work
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
 
 
 def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:

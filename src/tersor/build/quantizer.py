@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.build.artifact import install_empty
+from tersor.build.load import prepare
 
 
 class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -45,6 +46,7 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
             like = child._buffers.get("_like")
             if isinstance(like, torch.Tensor) and like.is_meta:
                 child._buffers["_like"] = torch.empty(0, dtype=like.dtype)
+        prepare(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

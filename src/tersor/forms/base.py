@@ -79,6 +79,16 @@ class Operator(nn.Module):
             return self._decoded.to(dtype)
         return self.decode().to(dtype)
 
+    def unready(self) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+        """A pure function and its arguments, the result of which `adopt` wants before it runs; None where it is ready.
+
+        An operator that is used before makes itself ready; this is for doing it at load time, many at once.
+        """
+        return None
+
+    def adopt(self, made: Any) -> None:
+        """Take what the function of `unready` made."""
+
     def decode(self) -> Tensor:
         """The matrix (rows, columns) in float32, made from the buffers."""
         raise TypeError(f"{type(self).__name__} does not say how it is decoded")

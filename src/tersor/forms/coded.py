@@ -10,7 +10,7 @@ best allocation. Entries that do not matter become zeros, which an entropy coder
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -68,22 +68,32 @@ class CodedOperator(Operator):
     def __init__(self, shape: Shape, setting: CodedSetting) -> None:
         super().__init__(shape, setting)
         self.register_buffer("stream", torch.zeros(setting.stored or 0, dtype=torch.uint8))
-        self._unpacked: Packed | None = None
+        self._packed: Packed | None = None
         self._read: tuple[int, int] | None = None
 
     @property
     def resident(self) -> int:
         return self.nbytes + (self.setting.resident or 0)
 
+    def unready(self) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+        if torch.compiler.is_compiling() or (self._packed is not None and self._read == self._identity()):
+            return None
+        return unpack_stream, (self.stream.cpu(), self.shape)
+
+    def adopt(self, made: Packed) -> None:
+        self._packed, self._read = made.to(self.stream.device), self._identity()
+
+    def _identity(self) -> tuple[int, int]:
+        """Changes with the stream: with the model it was loaded from, and with the device it lies on."""
+        return self.stream.data_ptr(), self.stream._version
+
     def packed(self) -> Packed:
         """The integers as they lie in memory, on the device of the stream; decoded where the stream is new."""
-        read = (self.stream.data_ptr(), self.stream._version)
-        if self._unpacked is None or self._read != read:
-            coded = decode(self.stream.cpu().numpy().tobytes())
-            if coded.codes.shape != self.shape:
-                raise TersorError(f"A coded stream holds {coded.codes.shape}, where {self.shape} is due.")
-            self._unpacked, self._read = Packed.of(coded).to(self.stream.device), read
-        return self._unpacked
+        work = self.unready()
+        if work is not None:
+            self.adopt(work[0](*work[1]))
+        assert self._packed is not None
+        return self._packed
 
     def decode(self) -> Tensor:
         return self.packed().rows(None)
@@ -166,6 +176,14 @@ class Packed:
         inside = torch.arange(len(row), device=index.device) - (counts.cumsum(0) - counts)[row]
         escape = first[row] + inside
         return row * columns + self.positions[escape] % columns, self.escapes[escape]
+
+
+def unpack_stream(stream: Tensor, shape: Shape) -> Packed:
+    """Decode a stream; raises TersorError where it is damaged or holds a matrix of another shape."""
+    coded = decode(stream.numpy().tobytes())
+    if coded.codes.shape != shape:
+        raise TersorError(f"A coded stream holds {coded.codes.shape}, where {shape} is due.")
+    return Packed.of(coded)
 
 
 def _packed_bytes(codes: np.ndarray[Any, Any], bits: int) -> int:
@@ -290,5 +308,5 @@ def _operator(codes: Tensor, rows: Ints, columns: Ints, lattice: _Lattice, setti
     packed = Packed.of(coded)
     operator = CodedOperator((len(rows), len(columns)), replace(setting, stored=len(stream), resident=packed.nbytes))
     operator.stream = stream
-    operator._unpacked, operator._read = packed, (stream.data_ptr(), stream._version)
+    operator.adopt(packed)
     return operator
