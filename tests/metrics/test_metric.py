@@ -46,6 +46,17 @@ def test_unit_lower_factors_give_the_moment_back(make_moment: Callable[..., Tens
     assert none is None and torch.equal(pivots, moment.diagonal())
 
 
+def test_the_pivoted_order_takes_the_largest_pivot_that_is_left(make_moment: Callable[..., Tensor]) -> None:
+    side = Side(make_moment(12))
+    order = side.pivoted_order
+    pivots = side.permuted(order).unit_lower[1]
+    assert sorted(order.tolist()) == list(range(12)) and (pivots.diff() <= 1e-9 * pivots[0]).all()
+    assert float(pivots.prod()) == pytest.approx(
+        float(side.unit_lower[1].prod()), rel=1e-6
+    )  # a determinant has no order
+    assert Side(torch.rand(5)).pivoted_order.tolist() == list(range(5))
+
+
 def test_a_singular_moment_still_has_a_factor() -> None:
     direction = torch.randn(12, 1, dtype=torch.float64)
     factor = Side(direction @ direction.T).cholesky

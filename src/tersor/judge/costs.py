@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tersor.forms import Operator
 from tersor.models.model import Batch, Model
 
 
@@ -54,9 +55,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def resident_bytes(module: nn.Module) -> int:
-    """Bytes of the distinct tensors of a module."""
+    """Bytes of the distinct tensors of a module, and of what its operators make of them to run."""
     tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    made: int = sum(m.resident - m.nbytes for m in module.modules() if isinstance(m, Operator))
+    stored: int = sum(t.numel() * t.element_size() for t in tensors.values())
+    return stored + made
 
 
 def peak_bytes(run: Callable[[], Any], module: nn.Module, device: torch.device) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,11 +41,12 @@ def _kl(original: Tensor, new: Tensor) -> Tensor:
     return _of_each((p.exp() * (p - q)).sum(-1))
 
 
-def _kl_probe(output: Tensor, generator: torch.Generator) -> Tensor:
-    logs = output.float().log_softmax(-1)
+def _kl_probe(output: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+    """Its gradient is that of a sampled label's logit less that of the mean logit."""
+    logs = (output.float() / temperature).log_softmax(-1)
     flat = logs.reshape(-1, logs.shape[-1])
     label = torch.multinomial(flat.detach().exp(), 1, generator=generator)
-    return flat.gather(-1, label).sum()
+    return flat.gather(-1, label).sum() * temperature
 
 
 def _cosine(original: Tensor, new: Tensor) -> Tensor:
@@ -92,6 +93,13 @@ DIVERGENCES = {
     )
 }
 LARGEST_HESSIAN = 512
+
+
+def softened(divergence: Divergence, temperature: float) -> Divergence:
+    """`kl` with labels sampled at a temperature: the Hessian of a model as much less sure of its predictions."""
+    if temperature == 1:
+        return divergence
+    return replace(divergence, probe=lambda output, generator: _kl_probe(output, generator, temperature))
 
 
 def custom_divergence(function: Callable[[Tensor, Tensor], Tensor], name: str = "custom") -> Divergence:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from tersor.errors import TersorError
 from tersor.models.compare import substituted
+from tersor.models.divergence import Divergence
 from tersor.models.model import Batch, Model
 from tersor.models.sites import Site
 from tersor.observe.summary import Summary
@@ -281,8 +282,20 @@ def _add_moment(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.T, right)
 
 
-def collect(model: Model, sites: Iterable[Site], batches: Iterable[Batch], *, gradients: bool, seed: int) -> Collector:
-    """Run the model over `batches` and return the collector with its summaries; the model is left as it was."""
+def collect(
+    model: Model,
+    sites: Iterable[Site],
+    batches: Iterable[Batch],
+    *,
+    gradients: bool,
+    seed: int,
+    divergence: Divergence | None = None,
+) -> Collector:
+    """Run the model over `batches` and return the collector with its summaries; the model is left as it was.
+
+    Gradients are those of the probe of `divergence`, by default the model's.
+    """
+    divergence = divergence or model.divergence
     module = model.module
     required = [(p, p.requires_grad) for p in module.parameters()]
     training = module.training
@@ -299,7 +312,7 @@ def collect(model: Model, sites: Iterable[Site], batches: Iterable[Batch], *, gr
                 raise TersorError(f"The model's outputs for batch {number} of the data are NaN or infinite.")
             collector.predictions += output.shape[0]
             if gradients:
-                model.divergence.probe(output, generator).backward()
+                divergence.probe(output, generator).backward()
     finally:
         module.train(training)
         for parameter, flag in required:

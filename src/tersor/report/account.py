@@ -158,6 +158,7 @@ def study_facts(run: Run) -> dict[str, Any]:
         "original_bytes": run.get("stored_bytes"),
         "metric": run.get("metric"),
         "damping": run.get("damping"),
+        "certainty": run.get("certainty"),
         "sites": len(sites),
         "weights": sum(s.parameters for s in sites),
         "site_bytes": sum(s.nbytes for s in sites),

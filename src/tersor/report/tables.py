@@ -157,6 +157,10 @@ def study_table(facts: Mapping[str, Any]) -> Table:
         ),
         ("time", ", ".join(f"{step} {seconds_text(value)}" for step, value in facts["seconds"].items())),
     ]
+    if (facts["certainty"] or {}).get("is_certain"):
+        rows.append(
+            ("caution", "the model is certain of all these data, so hardly any damage shows: give --check-data")
+        )
     if facts["unused_sites"]:
         rows.append(("unused", f"{_named(facts['unused_sites'])}: the calibration data did not reach them"))
     rows += [(f"plan {p['name']}", _plan_line(p, original, unit)) for p in facts["plans"]]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from tersor.forms import FORMS, form_named
 from tersor.metrics import KINDS
 from tersor.models import Batch, Model
 from tersor.models.compare import Reference
+from tersor.models.divergence import softened
 from tersor.observe import collect, store_summaries, unseen
+from tersor.observe.certainty import certainty
 from tersor.observe.store import file_of
 from tersor.run import Run, fingerprint_of
 from tersor.steps.opening import Progress, Study, open_study, silent
@@ -152,6 +155,11 @@ def _observe(
     if opened.run.get("observed"):
         return
     start = time.perf_counter()
+    divergence = opened.model.divergence
+    if gradients and divergence.name == "kl":
+        found = certainty(opened.model, fit, check)
+        opened.run.put("certainty", {**asdict(found), "is_certain": found.is_certain})
+        divergence = softened(divergence, found.temperature)
     for part, batches in (("fit", fit), ("check", check)):
 
         def reported(batches: list[Batch] = batches, part: str = part) -> Any:
@@ -159,7 +167,8 @@ def _observe(
                 progress("observe", part, number, len(batches))
                 yield batch
 
-        collector = collect(opened.model, opened.sites, reported(), gradients=gradients, seed=seed)
+        of_part = divergence if part == "fit" else opened.model.divergence
+        collector = collect(opened.model, opened.sites, reported(), gradients=gradients, seed=seed, divergence=of_part)
         store_summaries(opened.run, opened.sites, collector, part)
     if not any(opened.run.has_tensors(file_of(s, "fit")) for s in opened.sites):
         raise TersorError("The model used none of its sites on the calibration data, so nothing was observed.")
