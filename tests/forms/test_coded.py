@@ -152,6 +152,16 @@ def test_moving_and_saving_keeps_the_stream() -> None:
     assert torch.equal(module.state_dict()["0.stream"], before)
 
 
+@pytest.mark.parametrize("kind", ["kronecker", "identity"])
+def test_a_promised_size_is_kept_under_another_metric(kind: str) -> None:
+    weight = gaussian(60, 80)
+    promised = FORM.fit(weight, moments(60, 80), CodedSetting(0.01)).setting
+    other = moments(60, 80, seed=9).coarsened(kind)
+    loud = Metric(kind, other.rows, other.columns, 20 * other.scale)  # in which the same step takes two more bits
+    assert FORM.fit(weight, loud, CodedSetting(0.01)).nbytes > promised.stored
+    assert 0.9 * promised.stored < FORM.fit(weight, loud, promised).nbytes <= promised.stored
+
+
 def test_stacks_keep_a_size_for_every_matrix() -> None:
     fits = [FORM.fit(size * gaussian(20, 30), moments(20, 30), CodedSetting(0.05)) for size in (1.0, 8.0)]
     setting = stacked([fit.setting for fit in fits])

@@ -71,7 +71,6 @@ def build(
     built = [c for c in plan.choices if c.form != UNTOUCHED]
     stored = layout.file_bytes(built)
     plan = replace(plan, stored=stored, resident=stored + sum(c.resident - c.stored for c in built))
-    _check_limit(plan, out)
     for site in targets:
         install(model.module, site, [op.to(model.device) for op in fits[site.name].operators])
     folder = getattr(model, "folder", None)
@@ -86,16 +85,6 @@ def build(
                 f"{out} takes {size} bytes, but {plan.stored} were predicted; please report this as a bug."
             )
     return Built(plan, size)
-
-
-def _check_limit(plan: Plan, out: Path) -> None:
-    """Entropy-coded sizes are those of the fit; one under other inputs than the plan's may come out larger."""
-    limit = plan.limits.get("stored")
-    if limit is not None and plan.stored > limit:
-        raise TersorError(
-            f"{out} would take {plan.stored:,} bytes as fitted, {plan.stored - limit:,} more than the budget; "
-            "ask for a slightly smaller one."
-        )
 
 
 def _as_fitted(run: Run, plan: Plan, fits: Mapping[str, Fit]) -> Plan:

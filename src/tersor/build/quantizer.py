@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.build.artifact import install_empty
-from tersor.build.load import prepare
+from tersor.build.load import Progress, prepare
 
 
 class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -22,6 +23,20 @@ class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, sites: dict[str, Any] | None = None, version: int = 1, **_: Any) -> None:
         self.quant_method = "tersor"
         self.sites, self.version = sites or {}, version
+
+
+def _shown() -> Progress:
+    """Progress as transformers shows it, where it shows any."""
+    bars: list[Any] = []
+
+    def progress(name: str, done: int, total: int) -> None:
+        if not bars:
+            bars.append(logging.tqdm(total=total, desc="Decoding weights"))
+        bars[0].update(1)
+        if done == total:
+            bars[0].close()
+
+    return progress
 
 
 class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -46,7 +61,7 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
             like = child._buffers.get("_like")
             if isinstance(like, torch.Tensor) and like.is_meta:
                 child._buffers["_like"] = torch.empty(0, dtype=like.dtype)
-        prepare(model)
+        prepare(model, _shown())
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

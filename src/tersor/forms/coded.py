@@ -30,6 +30,7 @@ RUNGS = 4  # steps of a ladder to an octave: a quarter of a bit apart
 RATES = (0.1, 6.5)  # bits an entry between which a curve is drawn
 RESOLUTION = 4  # factors of steps to an octave
 FARTHEST = 60 * RESOLUTION  # factors lie between 2^-60 and 2^60
+COARSENINGS = 32  # steps tried before a promised size is given up
 LARGEST = 2.0**20  # the magnitude of a code
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 Ints = np.ndarray[Any, Any]
@@ -40,7 +41,8 @@ BLOCK = 1 << 22  # entries that are decoded at a time where a product allows it
 class CodedSetting:
     """`step` is the square root of 24 times the damage that an entry may do, in nats; `trade` prices bits in rounding.
 
-    `stored` and `resident` are the bytes of the stream and of the integers packed in memory; a fit fills them in.
+    `stored` and `resident` are the bytes of the stream and of the integers packed in memory; a fit fills them in, and
+    one of a setting that has them takes no more bytes than `stored`.
     """
 
     step: float
@@ -215,7 +217,7 @@ class CodedForm:
         shape: Shape = (weight.shape[0], weight.shape[1])
         candidates = []
         for setting in lattice.ladder() if settings is None else settings:
-            operator = lattice.fit(setting)
+            operator = lattice.fit(replace(setting, stored=None, resident=None))
             divergence = metric.distance(weight.detach().float() - operator.dense())
             cost = cost_of(self, shape, operator.setting)
             candidates.append(Candidate(self.name, operator.setting, cost, divergence))
@@ -256,6 +258,17 @@ class _Lattice:
         return cls(weight[row_order][:, column_order], row_order, column_order, lower_rows, lower_columns, *logs)
 
     def fit(self, setting: CodedSetting) -> CodedOperator:
+        """Fit a step; a setting that promises a size is kept to it, under whatever metric, by a larger step."""
+        operator = self._fit_step(setting)
+        for _ in range(COARSENINGS):
+            if setting.stored is None or operator.nbytes <= setting.stored:
+                break
+            over = 8 * (operator.nbytes - setting.stored) / self.weight.numel()
+            setting = replace(setting, step=setting.step * 2 ** max(over, 1 / 16))
+            operator = self._fit_step(setting)
+        return operator
+
+    def _fit_step(self, setting: CodedSetting) -> CodedOperator:
         """Round with feedback, encode. Steps that are too small for any code are taken larger."""
         rows = np.clip(np.rint(self.row_logs + RESOLUTION * math.log2(setting.step)), -FARTHEST, FARTHEST).astype(int)
         columns = np.clip(np.rint(self.column_logs), -FARTHEST, FARTHEST).astype(int)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.models import Batch, Model
+from tersor.observe.collect import outputs_of
 
 BATCHES = 8
 PREDICTIONS = 4096
@@ -59,8 +60,8 @@ def mean_entropy(logits: Tensor, temperature: float) -> float:
 
 
 def _logits(model: Model, batches: Sequence[Batch]) -> Tensor:
-    chosen = batches[:: max(1, len(batches) // BATCHES)][:BATCHES]
+    chosen = range(0, len(batches), max(1, len(batches) // BATCHES))[:BATCHES]
     with torch.no_grad():
-        outputs = [model.outputs(batch).float() for batch in chosen]
+        outputs = [outputs_of(model, batches[number], number + 1).float() for number in chosen]
     few = [o.reshape(-1, o.shape[-1]) for o in outputs]
     return torch.cat([o[:: max(1, len(o) * len(few) // PREDICTIONS)].cpu() for o in few])

@@ -307,7 +307,7 @@ def collect(
         for number, batch in enumerate(batches, 1):
             collector.begin(model.masks(batch))
             with torch.set_grad_enabled(gradients), collector:
-                output = _outputs(model, batch, number)
+                output = outputs_of(model, batch, number)
             if not output.isfinite().all():
                 raise TersorError(f"The model's outputs for batch {number} of the data are NaN or infinite.")
             collector.predictions += output.shape[0]
@@ -324,7 +324,7 @@ def collect(
     return collector
 
 
-def _outputs(model: Model, batch: Batch, number: int) -> Tensor:
+def outputs_of(model: Model, batch: Batch, number: int) -> Tensor:
     """The outputs of the model; what it raises for data that do not suit it becomes a TersorError."""
     try:
         return model.outputs(batch)
