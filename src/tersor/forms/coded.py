@@ -27,7 +27,8 @@ from tersor.forms.rounding import Grid, Prices, round_with_feedback
 from tersor.metrics import Metric
 
 RUNGS = 4  # steps of a ladder to an octave: a quarter of a bit apart
-RATES = (0.1, 6.5)  # bits an entry between which a curve is drawn
+RATES = (0.1, 8.0)  # bits an entry between which a curve is drawn
+FINE = 4.5  # bits an entry above which every other step will do
 RESOLUTION = 4  # factors of steps to an octave
 FARTHEST = 60 * RESOLUTION  # factors lie between 2^-60 and 2^60
 COARSENINGS = 32  # steps tried before a promised size is given up
@@ -136,9 +137,9 @@ class Packed:
         codes = torch.from_numpy(coded.codes)
         half = 1 << (bits - 1)
         outside = (codes < -half) | (codes >= half)
-        positions = outside.reshape(-1).nonzero().reshape(-1)
+        positions = outside.reshape(-1).nonzero().reshape(-1).to(_position_type(codes.numel()))
         rows, columns = (torch.from_numpy(side.astype(np.int16)) for side in (coded.rows, coded.columns))
-        escapes = codes.reshape(-1)[positions].to(torch.int32)
+        escapes = codes[outside].to(_escape_type(coded.codes))
         small = codes.clamp(-half, half - 1) + half
         return cls(shape, bits, pack(small, bits), positions, escapes, rows, columns, coded.resolution)
 
@@ -162,7 +163,7 @@ class Packed:
         values = unpack(codes, self.bits, self.shape[1]).to(torch.float32) - float(1 << (self.bits - 1))
         if len(self.positions):
             at, escapes = self._escapes_of(index)
-            values.reshape(-1)[at] = escapes.to(torch.float32)
+            values.reshape(-1)[at.long()] = escapes.to(torch.float32)
         values *= torch.exp2(logs.float() / self.resolution)[:, None]
         values *= torch.exp2(self.column_logs.float() / self.resolution)
         return values
@@ -172,7 +173,8 @@ class Packed:
         if index is None:
             return self.positions, self.escapes
         columns = self.shape[1]
-        first, last = (torch.searchsorted(self.positions, (index + k) * columns) for k in (0, 1))
+        ends = (((index.long() + k) * columns).to(self.positions.dtype) for k in (0, 1))
+        first, last = (torch.searchsorted(self.positions, end) for end in ends)
         counts = last - first
         row = torch.repeat_interleave(torch.arange(len(index), device=index.device), counts)
         inside = torch.arange(len(row), device=index.device) - (counts.cumsum(0) - counts)[row]
@@ -191,7 +193,16 @@ def unpack_stream(stream: Tensor, shape: Shape) -> Packed:
 def _packed_bytes(codes: np.ndarray[Any, Any], bits: int) -> int:
     half = 1 << (bits - 1)
     escapes = int(((codes < -half) | (codes >= half)).sum())
-    return int(codes.shape[0]) * packed_width(int(codes.shape[1]), bits) + 12 * escapes
+    each = _position_type(codes.size).itemsize + _escape_type(codes).itemsize
+    return int(codes.shape[0]) * packed_width(int(codes.shape[1]), bits) + each * escapes
+
+
+def _position_type(entries: int) -> torch.dtype:
+    return torch.int32 if entries < 2**31 else torch.int64
+
+
+def _escape_type(codes: Ints) -> torch.dtype:
+    return torch.int16 if np.abs(codes).max(initial=0) < 2**15 else torch.int32
 
 
 class CodedForm:
@@ -296,7 +307,7 @@ class _Lattice:
             rate = float(np.log2(1 + 12 * squares / _step(rung) ** 2).mean() / 2)
             if rate > RATES[1]:
                 return
-            if rate >= RATES[0]:
+            if rate >= RATES[0] and (rate < FINE or rung % 2 == 0):
                 yield CodedSetting(_step(rung))
 
 
