@@ -2,6 +2,7 @@
 
     python bench/budgets.py MODEL [--run DIR] [--forms int,lowrank,...]
 
+Tersor's plan is from all forms (or those given), and beside it from the forms without entropy coding.
 Baselines put one setting at every site, the largest that fits the budget: round-to-nearest, `feedback` (GPTQ-style,
 under the input metric), two-sided feedback, plain SVD. Everything is fitted, measured and scored in this one run.
 """
@@ -33,10 +34,11 @@ from tersor.models import Site
 from tersor.models.compare import Reference as Outputs
 from tersor.observe.store import file_of
 from tersor.plan import Choice
-from tersor.steps import Study
+from tersor.steps import Study, limit_of
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS = (32, 64, 128, None)
+FIXED = ["int", "lowrank", "int+lowrank"]  # forms of which every code takes the same number of bits
 
 
 def _integers(**fixed: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -108,17 +110,25 @@ def _measured(opened: Study, held: Outputs, known: Reference) -> dict[str, Any]:
 def rows_at(
     opened: Study, held: Outputs, known: Reference, budget: str, forms: list[str] | None, kept: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """The row of Tersor's plan and those of all baselines at one budget; `kept` has what other budgets measured."""
+    """The rows of Tersor's plans and of all baselines at one budget; `kept` has what other budgets measured."""
     layout = Layout.from_json(opened.run.get("layout"))
     limit = int(float(budget.rstrip("%")) / 100 * opened.stored_bytes)
-    start = time.perf_counter()
-    plan = opened.plan(budget, forms=forms)
-    for _ in fits_of(opened.run, opened.model, opened.sites, plan.choices):
-        pass
-    seconds = time.perf_counter() - start
-    with applied(opened.run, opened.model, opened.sites, plan.choices):
-        found = _measured(opened, held, known)
-    yield {"tool": "Tersor", "bytes": plan.stored, "predicted": plan.divergence, "seconds": seconds, **found}
+    bound = limit_of(opened.run)
+    for tool, menu in (("Tersor", forms), ("Tersor, fixed rates", FIXED)):
+        start = time.perf_counter()
+        try:
+            plan = opened.plan(budget, forms=menu)
+        except UnreachableBudget as error:
+            yield {"tool": tool, "bytes": None, "note": str(error)}
+            continue
+        for _ in fits_of(opened.run, opened.model, opened.sites, plan.choices):
+            pass
+        seconds = time.perf_counter() - start
+        with applied(opened.run, opened.model, opened.sites, plan.choices):
+            found = _measured(opened, held, known)
+        least = None if bound is None else bound.divergence(plan.stored)
+        row = {"tool": tool, "bytes": plan.stored, "predicted": plan.divergence, "limit": least, "seconds": seconds}
+        yield {**row, **found}
     for name, (kind, ladder) in BASELINES.items():
         if name not in kept:
             uniform = [choices_of(opened, form, values) for form, values in ladder]
@@ -139,7 +149,11 @@ def shown(row: dict[str, Any], stored: int) -> str:
     if row["bytes"] is None:
         return f"  {row['tool']:24} cannot: {row['note']}"
     d, s = row["divergence"], row["score"]
-    predicted = f" predicted {row['predicted']:.4f}" if "predicted" in row else f" {row.get('setting', '')}"
+    predicted = (
+        f" predicted {row['predicted']:.4f} limit {row['limit'] or 0:.4f}"
+        if "predicted" in row
+        else f" {row.get('setting', '')}"
+    )
     return (
         f"  {row['tool']:24} {row['bytes']:>11,} {row['bytes'] / stored:7.2%}  {d['value']:.5f} "
         f"[{d['low']:.5f}, {d['high']:.5f}]  {s['value']:8.3f} [{s['low']:.3f}, {s['high']:.3f}]{predicted}"
@@ -178,8 +192,8 @@ def main() -> None:
             print(f"  {error}")
             continue
         cells.append({"budget": budget, "rows": rows})
-        others = [r["divergence"]["value"] for r in rows[1:] if r["bytes"] is not None]
-        if others:
+        others = [r["divergence"]["value"] for r in rows[2:] if r["bytes"] is not None]
+        if others and rows[0]["bytes"] is not None:
             print(f"  against the best uniform one: {rows[0]['divergence']['value'] / min(others) - 1:+.0%} divergence")
     RESULTS.mkdir(exist_ok=True)
     original = known.summarise(scores, everything)

@@ -33,19 +33,20 @@ def budget_table(found: dict[str, Any]) -> Iterator[str]:
     name = found["model"]
     yield f"\n## {name}: budgets\n"
     yield f"`script/bench budgets {name}`. The original: {SCORES[name]} {found['original']:.2f}.\n"
-    yield f"| budget | tool | share | divergence | predicted | {SCORES[name]} |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield f"| budget | tool | share | divergence | predicted | limit | {SCORES[name]} |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for cell in found["cells"]:
         for row in cell["rows"]:
             if row["bytes"] is None:
-                yield f"| {cell['budget']} | {row['tool']} | cannot; {row['note']} | | | |"
+                yield f"| {cell['budget']} | {row['tool']} | cannot; {row['note']} | | | | |"
                 continue
             d, s = row["divergence"], row["score"]
             tool = f"{row['tool']}, {row['setting']}" if "setting" in row else f"**{row['tool']}**"
             predicted = f"{row['predicted']:.4f}" if "predicted" in row else ""
+            least = f"{row['limit']:.4f}" if row.get("limit") else ""
             yield (
                 f"| {cell['budget']} | {tool} | {row['bytes'] / found['bytes']:.2%} | {d['value']:.4f} "
-                f"[{d['low']:.4f}, {d['high']:.4f}] | {predicted} | {s['value']:.2f} "
+                f"[{d['low']:.4f}, {d['high']:.4f}] | {predicted} | {least} | {s['value']:.2f} "
                 f"[{s['low']:.2f}, {s['high']:.2f}] |"
             )
 
