@@ -15,6 +15,7 @@ from tersor.build import fits
 from tersor.curves import draw
 from tersor.engine import local
 from tersor.errors import TersorError
+from tersor.judge.costs import resident_bytes
 from tersor.steps import build_plan, compress, open_study, study
 
 Images = Callable[..., list[Any]]
@@ -144,6 +145,25 @@ def test_an_unreachable_budget_names_the_smallest_reachable(quick: dict[str, Any
     assert opened.plan(f"{named + 1}B").stored <= named + 1
     with pytest.raises(TersorError, match="out of reach"):
         opened.plan(f"{named - 1}B")
+
+
+def test_memory_is_what_the_decoded_weights_take(quick: dict[str, Any], tmp_path: Path) -> None:
+    """A memory budget counts streams and the integers made of them; the built module keeps to it."""
+    opened = study(small_net(), batches(), tmp_path / "run", **{**quick, "forms": ("int", "coded"), "settings": None})
+    limit = opened.stored_bytes * 0.3
+    plan = opened.plan(memory_budget="30%", forms=("coded",))
+    assert plan.stored < plan.resident <= limit < opened.plan("30%", forms=("coded",)).resident
+    assert opened.plan(memory_budget="30%").divergence <= plan.divergence
+    build_plan(opened, plan, tmp_path / "out")
+    assert 0.8 * plan.resident < resident_bytes(opened.model.module) <= plan.resident
+
+
+def test_sequential_building_keeps_coded_sizes(quick: dict[str, Any], tmp_path: Path) -> None:
+    options = {**quick, "forms": ("coded",), "settings": None}
+    result = compress(small_net(), batches(), "3bits", tmp_path / "out", sequential=True, **options)
+    planned = sum(choice.stored for choice in result.study.plan("3bits").choices)
+    built = sum(choice.stored for choice in result.plan.choices)
+    assert 0.98 * planned < built <= planned and result.plan.stored == result.weights_bytes
 
 
 def test_sequential_building_observes_the_built_prefix(quick: dict[str, Any], tmp_path: Path) -> None:
