@@ -164,6 +164,7 @@ def test_sequential_building_keeps_coded_sizes(quick: dict[str, Any], tmp_path: 
     planned = sum(choice.stored for choice in result.study.plan("3bits").choices)
     built = sum(choice.stored for choice in result.plan.choices)
     assert 0.98 * planned < built <= planned and result.plan.stored == result.weights_bytes
+    assert result.plan.divergence < 2 * result.study.plan("3bits").divergence
 
 
 def test_sequential_building_observes_the_built_prefix(quick: dict[str, Any], tmp_path: Path) -> None:

@@ -135,7 +135,10 @@ def check_target(out: Path) -> None:
 
 
 def _observe_again(run: Run, model: Model, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, list[Metric]]:
-    """Metrics of the next block of sites with the inputs that the built prefix produces, output moments as before."""
+    """Metrics of the next block of sites with the inputs that the built prefix produces, output moments as before.
+
+    The inputs keep the mean square of the study's, which are weighted by gradients, so that nats stay nats.
+    """
     block = _block(sites[0].name)
     members = [s for s in sites if _block(s.name) == block and s.kind != "table" and s.stack == 1]
     collector = collect(model, members, batches, gradients=False, seed=0)
@@ -144,8 +147,10 @@ def _observe_again(run: Run, model: Model, sites: Sequence[Site], batches: Seque
     for site in members:
         summary = collector.summaries.get((site.name, 0, "linear"))
         if summary is not None and len(site.places) == 1:
-            inputs = Side((summary.inputs / max(summary.positions, 1)).float()).damped(damping["inputs"])
             known = out[site.name][0]
+            seen = (known.judged_by or known).columns.diagonal.mean()
+            inputs = Side(summary.inputs.float() * (seen / Side(summary.inputs.float()).diagonal.mean()))
+            inputs = inputs.damped(damping["inputs"])
             out[site.name] = [Metric(known.kind, known.rows, inputs, known.scale, known.judged_by)]
     return out
 
