@@ -162,6 +162,18 @@ def test_a_promised_size_is_kept_under_another_metric(kind: str) -> None:
     assert 0.9 * promised.stored < FORM.fit(weight, loud, promised).nbytes <= promised.stored
 
 
+def test_interpolated_candidates_are_what_fits_come_to() -> None:
+    """Half of a ladder is not fitted: its sizes hold within a hundredth, its divergences within a few."""
+    weight, metric = gaussian(160, 200), moments(160, 200)
+    guessed = FORM.curve(weight, metric)
+    exact = FORM.curve(weight, metric, [candidate.setting for candidate in guessed])
+    for guess, fit in zip(guessed, exact, strict=True):
+        assert guess.cost.stored == pytest.approx(fit.cost.stored, rel=0.01, abs=8)
+        assert guess.cost.resident == pytest.approx(fit.cost.resident, rel=0.1)
+        assert guess.divergence == pytest.approx(fit.divergence, rel=0.05)
+        assert FORM.fit(weight, metric, guess.setting).nbytes <= guess.cost.stored
+
+
 def test_stacks_keep_a_size_for_every_matrix() -> None:
     fits = [FORM.fit(size * gaussian(20, 30), moments(20, 30), CodedSetting(0.05)) for size in (1.0, 8.0)]
     setting = stacked([fit.setting for fit in fits])

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
 
 from tersor.coding import Coded, code_costs, decode, encode
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Operator, Shape, cost_of
+from tersor.forms.base import Candidate, Cost, Operator, Shape, cost_of
 from tersor.forms.packing import pack, packed_width, unpack
 from tersor.forms.rounding import Grid, Prices, round_with_feedback
 from tersor.metrics import Metric
@@ -31,6 +32,8 @@ RATES = (0.1, 8.0)  # bits an entry between which a curve is drawn
 FINE = 4.5  # bits an entry above which every other step will do
 RESOLUTION = 4  # factors of steps to an octave
 FARTHEST = 60 * RESOLUTION  # factors lie between 2^-60 and 2^60
+SMOOTH = 1.5  # bits an entry above which a curve may be interpolated
+SPARE = 1.002  # of an interpolated size, so that few fits come out larger
 COARSENINGS = 32  # steps tried before a promised size is given up
 LARGEST = 2.0**20  # the magnitude of a code
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
@@ -224,18 +227,49 @@ class CodedForm:
         return CodedOperator(shape, setting)
 
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[CodedSetting] | None = None) -> list[Candidate]:
+        """Settings that are given are fitted; of the ladder above a bit every other one, the rest is interpolated."""
         lattice = _Lattice.of(weight, metric)
-        shape: Shape = (weight.shape[0], weight.shape[1])
-        candidates = []
-        for setting in lattice.ladder() if settings is None else settings:
-            operator = lattice.fit(replace(setting, stored=None, resident=None))
-            divergence = metric.distance(weight.detach().float() - operator.dense())
-            cost = cost_of(self, shape, operator.setting)
-            candidates.append(Candidate(self.name, operator.setting, cost, divergence))
-        return candidates
+        if settings is not None:
+            return [self._candidate(lattice, metric, setting) for setting in settings]
+        rates = list(lattice.ladder())
+        chosen = [s for n, (rate, s) in enumerate(rates) if n % 2 == 0 or rate < SMOOTH or n == len(rates) - 1]
+        fitted = [self._candidate(lattice, metric, setting) for setting in chosen]
+        return _interpolated(fitted, [setting for _, setting in rates])
+
+    def _candidate(self, lattice: _Lattice, metric: Metric, setting: CodedSetting) -> Candidate:
+        operator = lattice.fit(replace(setting, stored=None, resident=None))
+        divergence = metric.distance(lattice.original - operator.dense())
+        return Candidate(self.name, operator.setting, cost_of(self, operator.shape, operator.setting), divergence)
 
     def fit(self, weight: Tensor, metric: Metric, setting: CodedSetting) -> CodedOperator:
         return _Lattice.of(weight, metric).fit(setting)
+
+
+def _interpolated(fitted: list[Candidate], ladder: list[CodedSetting]) -> list[Candidate]:
+    """Candidates of a whole ladder from those of some of its steps, by splines through logarithms.
+
+    Sizes are rounded up, as a fit keeps to them.
+    """
+    known: dict[CodedSetting, Candidate] = {c.setting: c for c in fitted}  # type: ignore[misc]
+    if len(known) == len(ladder):
+        return [known[setting] for setting in ladder]
+    steps = sorted(known, key=lambda setting: setting.step)
+    at = [math.log(setting.step) for setting in steps]
+
+    def spline(values: list[float]) -> CubicSpline:
+        return CubicSpline(at, np.log(np.maximum(values, 1e-300)))
+
+    costs = [known[setting].cost for setting in steps]
+    stored, more = spline([c.stored for c in costs]), spline([c.resident - c.stored for c in costs])
+    divergence = spline([known[setting].divergence for setting in steps])
+
+    def between(setting: CodedSetting) -> Candidate:
+        size, extra, damage = (math.exp(float(s(math.log(setting.step)))) for s in (stored, more, divergence))
+        bytes_stored, bytes_more = math.ceil(SPARE * size), math.ceil(extra)
+        cost = Cost(bytes_stored, bytes_stored + bytes_more, fitted[0].cost.flops)
+        return Candidate(fitted[0].form, replace(setting, stored=bytes_stored, resident=bytes_more), cost, damage)
+
+    return [known[setting] if setting in known else between(setting) for setting in ladder]
 
 
 def _step(rung: int) -> float:
@@ -249,6 +283,7 @@ class _Lattice:
     The order is that of a pivoted factorisation, which spreads the pivots most; it need not be stored.
     """
 
+    original: Tensor
     weight: Tensor
     row_order: Tensor
     column_order: Tensor
@@ -266,7 +301,9 @@ class _Lattice:
             for side, order in ((metric.rows, row_order), (metric.columns, column_order))
         )
         logs = (_logs(d_rows * 2 * max(metric.scale, 1e-300)), _logs(d_columns))
-        return cls(weight[row_order][:, column_order], row_order, column_order, lower_rows, lower_columns, *logs)
+        return cls(
+            weight, weight[row_order][:, column_order], row_order, column_order, lower_rows, lower_columns, *logs
+        )
 
     def fit(self, setting: CodedSetting) -> CodedOperator:
         """Fit a step; a setting that promises a size is kept to it, under whatever metric, by a larger step."""
@@ -298,8 +335,8 @@ class _Lattice:
         rounded = round_with_feedback(self.weight, grid, self.lower_rows, self.lower_columns)
         return _operator((rounded / scale).round().int(), rows, columns, self, setting)
 
-    def ladder(self) -> Iterable[CodedSetting]:
-        """The steps whose rate, were the weights Gaussians, lies within `RATES`."""
+    def ladder(self) -> Iterable[tuple[float, CodedSetting]]:
+        """The steps whose rate in bits, were the weights Gaussians, lies within `RATES`, with that rate."""
         scale = np.exp2((np.rint(self.row_logs)[:, None] + np.rint(self.column_logs)[None]) / RESOLUTION)
         size = float(self.weight.square().mean().sqrt()) + 1e-30
         squares = np.square(size / scale.ravel()[:: max(1, scale.size // 65536)])
@@ -308,7 +345,7 @@ class _Lattice:
             if rate > RATES[1]:
                 return
             if rate >= RATES[0] and (rate < FINE or rung % 2 == 0):
-                yield CodedSetting(_step(rung))
+                yield rate, CodedSetting(_step(rung))
 
 
 def _outer(rows: Ints, columns: Ints) -> Tensor:
