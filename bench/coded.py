@@ -26,6 +26,7 @@ from torch import Tensor
 
 from code_models import bits_by_model
 from models import Reference, reference
+from observed import blocks_of, observed_again
 from refit import refitted
 from tersor.build.build import build
 from tersor.build.fits import fits_of, load_fit
@@ -58,6 +59,7 @@ PLANS = {
 NEAR = 0.002  # of the rate: how near the middle one of three fits must come
 APART = 0.008  # of the rate: how far the other two are meant to lie from it
 BASE = "one step"
+FIRST_STEP = 2.0**-12.2  # where the search begins
 Values = np.ndarray[Any, Any]
 
 
@@ -196,6 +198,27 @@ def re_observed(bench: Bench, step: float) -> Trial:
     return Trial(step, list(built.plan.choices), {name: op.dense() for name, op in operators.items()})
 
 
+def re_observed_to_scale(gradients: bool) -> Variant:
+    """The same in the scale of the study, whose inputs are weighted by the gradients that they meet."""
+
+    def make(bench: Bench, step: float) -> Trial:
+        known, model = bench.known, bench.known.open()
+        batches = list(model.batches(known.calibration, known.samples, known.sequence_length, known.batch_size))
+        fitted = [batch for number, batch in enumerate(batches, 1) if number % 5]
+        choices, matrices = [], {}
+        for members in blocks_of(bench.opened.sites):
+            metrics = observed_again(bench.run, model, members, fitted, gradients)
+            for site in members:
+                (weight,), metric = site.matrices(model.module).clone(), metrics[site.name]
+                operator = CodedForm().fit(weight, metric, CodedSetting(step))
+                matrices[site.name] = operator.dense()
+                site.parameter(model.module).data = site.to_parameter(operator.dense()[None]).contiguous()
+                choices.append(bench.choice(site, operator.setting, metric.distance(weight - operator.dense())))
+        return Trial(step, choices, matrices)
+
+    return make
+
+
 VARIANTS: dict[str, Variant] = {
     BASE: one_step(),
     "no price on bits": one_step(trade=0.0),
@@ -205,7 +228,8 @@ VARIANTS: dict[str, Variant] = {
     "refit of factors, not counted": one_step(refit=0),
     "damping of gradients 0.3": one_step(gradients=0.3),
     "damping of gradients 1.0": one_step(gradients=1.0),
-    "blocks observed again": re_observed,
+    "blocks observed again, as build does": re_observed,
+    "blocks observed again, to scale": re_observed_to_scale(gradients=False),
 }
 
 
@@ -292,19 +316,22 @@ def model_rows(bench: Bench, trial: Trial, bits: float) -> Iterator[dict[str, An
         yield {"name": name, "codes": value, "bits": bits - ships + value}
 
 
-def cell_of(bench: Bench, rate: float, step: float) -> tuple[dict[str, Any], float]:
-    """All rows at one rate, and the step of the base there, near which the next rate begins."""
-    rows, base, models = [], None, []
+def cell_of(bench: Bench, rate: float, steps: dict[str, float]) -> dict[str, Any]:
+    """All rows at one rate; `steps` are those of a variant over that of the base at the last rate, and are renewed.
+
+    That of the base itself is the step.
+    """
+    rows: list[dict[str, Any]] = []
+    base: list[Measured] = []
     for name, make in VARIANTS.items():
         start = time.perf_counter()
-        trials = three_trials(bench, make, rate, step)
+        trials = three_trials(bench, make, rate, steps[BASE] * (1.0 if name == BASE else steps.get(name, 1.0)))
         found = [bench.measure(trial) for trial in trials]
-        if name == BASE:
-            step, base_trial, base_found = trials[0].step, trials[0], found
-            models = list(model_rows(bench, base_trial, found[0].bits))
-        rows.append(row_of(name, found, base, rate))
-        base = base_found
+        steps[name] = trials[0].step / (1.0 if name == BASE else steps[BASE])
+        rows.append(row_of(name, found, base or None, rate))
         show(rows[-1], time.perf_counter() - start)
+        if name == BASE:
+            base, models = found, list(model_rows(bench, trials[0], found[0].bits))
     for name, forms in PLANS.items():
         start = time.perf_counter()
         try:
@@ -317,7 +344,7 @@ def cell_of(bench: Bench, rate: float, step: float) -> tuple[dict[str, Any], flo
         print(f"  bits of the codes of one step, {model['name']:24} {model['bits']:.4f}", flush=True)
     limit = limit_of(bench.run)
     least = None if limit is None else limit.divergence(limit.fixed_bytes + rate * bench.weights / 8)
-    return {"rate": rate, "target": TARGETS.get(rate), "limit": least, "rows": rows, "models": models}, step
+    return {"rate": rate, "target": TARGETS.get(rate), "limit": least, "rows": rows, "models": models}
 
 
 def show(row: dict[str, Any], seconds: float) -> None:
@@ -345,13 +372,15 @@ def main() -> None:
     with torch.no_grad():
         held = Outputs(opened.model, batches)
     bench = Bench(known, opened, held, Layout.from_json(opened.run.get("layout")))
-    cells, step = [], 2.0**-13
+    cells: list[dict[str, Any]] = []
+    steps = {BASE: FIRST_STEP}
+    rates = [float(rate) for rate in given.rates.split(",")]
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / "coded-babyllama.json"
-    for rate in (float(r) for r in given.rates.split(",")):
+    for number, rate in enumerate(rates):
+        steps[BASE] *= 2.0 ** ((rates[number - 1] - rate) if number else 0.0)  # about a bit an octave
         print(f"{rate} bits a weight: nats a token asked for {TARGETS.get(rate)}", flush=True)
-        cell, step = cell_of(bench, rate, step)
-        cells.append(cell)
+        cells.append(cell_of(bench, rate, steps))
         found = {"model": known.name, "weights": bench.weights, "damping": opened.run.get("damping"), "cells": cells}
         target.write_text(json.dumps(found, indent=1), encoding="utf8")
     print(f"written to {target.name}")
