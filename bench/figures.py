@@ -88,7 +88,7 @@ def coded_tables(found: dict[str, Any]) -> Iterator[str]:
     )
     yield f"| bits a weight | {rates} |\n{rule}"
     yield "| asked for | " + " | ".join(f"{cell['target']:g}" for cell in cells) + " |"
-    names = [row["name"] for row in cells[0]["rows"]]
+    names = list(dict.fromkeys(row["name"] for cell in cells for row in cell["rows"]))
     shown = [n for n in names if n.startswith("plan")] + ["one step"]
     for name in shown:
         yield f"| {name} | " + " | ".join(_measured(cell, name) for cell in cells) + " |"
@@ -125,7 +125,9 @@ def _measured(cell: dict[str, Any], name: str) -> str:
 
 
 def _against(cell: dict[str, Any], name: str) -> str:
-    ratio = _row(cell, name)["against_one_step"]
+    ratio = next((row["against_one_step"] for row in cell["rows"] if row["name"] == name), None)
+    if ratio is None:
+        return ""
     return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
 
 
