@@ -61,10 +61,9 @@ def gaussian_codes(bits: int, generator: np.random.Generator) -> Coded:
     """Codes of a Gaussian matrix whose steps lie a factor of 8 apart on either side, at about `bits` a weight."""
     rows, columns = (generator.integers(-6, 7, SIZE) for _ in range(2))
     weight = generator.standard_normal((SIZE, SIZE), dtype=np.float32)
-    low, high = -8.0, 4.0  # of the binary logarithm of the middle step, between which its entropy is searched
-    for _ in range(12):
-        middle = round(RESOLUTION * (low + high) / 2)
-        coded = _coded(weight, rows + middle, columns)
+    low, high = -8.0, 4.0  # of the binary logarithm of a step over the deviation of the weights
+    for _ in range(16):
+        coded = _coded(weight / 2 ** ((low + high) / 2), rows, columns)
         price, classes = code_costs(coded)
         found = price[classes, np.minimum(np.abs(coded.codes), price.shape[1] - 1)].mean()
         low, high = ((low + high) / 2, high) if found > bits else (low, (low + high) / 2)
