@@ -43,11 +43,11 @@ class Reference:
     score: Callable[[Model], np.ndarray]
     summarise: Callable[[np.ndarray, np.ndarray], float]
 
-    def study(self, run: Path, samples: int | None = None) -> Study:
-        """The study of the model in a run folder, with its own data and sizes."""
+    def study(self, run: Path, samples: int | None = None, **options: Any) -> Study:
+        """The study of the model in a run folder, with its own data and sizes; `options` are those of `study`."""
         return study(
             self.open(), self.calibration, run, check_data=self.check, samples=samples or self.samples,
-            sequence_length=self.sequence_length, batch_size=self.batch_size,
+            sequence_length=self.sequence_length, batch_size=self.batch_size, **options,
         )  # fmt: skip
 
 
