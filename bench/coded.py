@@ -28,7 +28,6 @@ from code_models import bits_by_model
 from models import Reference, reference
 from observed import blocks_of, observed_again
 from refit import refitted
-from tersor.build.build import build
 from tersor.build.fits import fits_of, load_fit
 from tersor.build.layout import Layout
 from tersor.coding import decode
@@ -43,7 +42,7 @@ from tersor.models import Site
 from tersor.models.compare import Reference as Outputs
 from tersor.models.files import file_bytes
 from tersor.observe import load_metrics
-from tersor.plan import UNTOUCHED, Choice, Interaction, Limits, Plan
+from tersor.plan import UNTOUCHED, Choice, Interaction, Limits
 from tersor.run import Run
 from tersor.steps import Study, limit_of
 
@@ -184,22 +183,8 @@ def natural_order(bench: Bench, step: float) -> Trial:
     return _fitted(bench, step, metric_of, CodedSetting(step).trade, None)
 
 
-def re_observed(bench: Bench, step: float) -> Trial:
+def re_observed(gradients: bool) -> Variant:
     """Block after block with the inputs that the built prefix produces, on the batches that the study fitted to."""
-    known, sites = bench.known, bench.opened.sites
-    model = known.open()
-    batches = list(model.batches(known.calibration, known.samples, known.sequence_length, known.batch_size))
-    chosen = tuple(bench.choice(site, CodedSetting(step), 0.0) for site in sites)
-    with tempfile.TemporaryDirectory() as folder:
-        plan = Plan("one step", chosen, 0, 0, 0, 0.0)
-        fitted = [batch for number, batch in enumerate(batches, 1) if number % 5]
-        built = build(bench.run, model, sites, plan, Path(folder) / "built", sequential=fitted)
-    operators = {site.name: model.module.get_submodule(site.places[0][0]).operator for site in sites}
-    return Trial(step, list(built.plan.choices), {name: op.dense() for name, op in operators.items()})
-
-
-def re_observed_to_scale(gradients: bool) -> Variant:
-    """The same in the scale of the study, whose inputs are weighted by the gradients that they meet."""
 
     def make(bench: Bench, step: float) -> Trial:
         known, model = bench.known, bench.known.open()
@@ -228,12 +213,8 @@ VARIANTS: dict[str, Variant] = {
     "refit of factors, not counted": one_step(refit=0),
     "damping of gradients 0.3": one_step(gradients=0.3),
     "damping of gradients 1.0": one_step(gradients=1.0),
-    "blocks observed again, as build does": re_observed,
-    "blocks observed again, to scale": re_observed_to_scale(gradients=False),
+    "blocks observed again, forwards alone": re_observed(gradients=False),
 }
-
-
-RATES_OF = {"blocks observed again, as build does": (3.6,)}  # where a variant is too slow for all rates
 
 
 def three_trials(bench: Bench, make: Variant, rate: float, step: float) -> list[Trial]:
@@ -327,8 +308,6 @@ def cell_of(bench: Bench, rate: float, steps: dict[str, float]) -> dict[str, Any
     rows: list[dict[str, Any]] = []
     base: list[Measured] = []
     for name, make in VARIANTS.items():
-        if rate not in RATES_OF.get(name, (rate,)):
-            continue
         start = time.perf_counter()
         trials = three_trials(bench, make, rate, steps[BASE] * (1.0 if name == BASE else steps.get(name, 1.0)))
         found = [bench.measure(trial) for trial in trials]

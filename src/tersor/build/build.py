@@ -22,6 +22,7 @@ from tersor.curves.limit import Limit
 from tersor.errors import TersorError
 from tersor.forms import as_values
 from tersor.metrics import Metric, Side
+from tersor.models.divergence import Divergence, softened
 from tersor.models.files import copy_beside, staged
 from tersor.models.model import Batch, Model
 from tersor.models.sites import Site
@@ -137,22 +138,29 @@ def check_target(out: Path) -> None:
 def _observe_again(run: Run, model: Model, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, list[Metric]]:
     """Metrics of the next block of sites with the inputs that the built prefix produces, output moments as before.
 
-    The inputs keep the mean square of the study's, which are weighted by gradients, so that nats stay nats.
+    The inputs keep the mean square of the study's, so that nats stay nats.
     """
     block = _block(sites[0].name)
     members = [s for s in sites if _block(s.name) == block and s.kind != "table" and s.stack == 1]
-    collector = collect(model, members, batches, gradients=False, seed=0)
+    gradients = run.get("metric") != "input"
+    collector = collect(model, members, batches, gradients=gradients, seed=0, divergence=_as_studied(run, model))
     damping = run.get("damping")
     out: dict[str, list[Metric]] = {s.name: site_metrics(run, s) for s in sites if _block(s.name) == block}
     for site in members:
         summary = collector.summaries.get((site.name, 0, "linear"))
         if summary is not None and len(site.places) == 1:
             known = out[site.name][0]
-            seen = (known.judged_by or known).columns.diagonal.mean()
-            inputs = Side(summary.inputs.float() * (seen / Side(summary.inputs.float()).diagonal.mean()))
-            inputs = inputs.damped(damping["inputs"])
+            seen = (summary.weighted_inputs if summary.has_gradients else summary.inputs).float()
+            scale = (known.judged_by or known).columns.diagonal.mean() / Side(seen).diagonal.mean()
+            inputs = Side(seen * scale).damped(damping["inputs"])
             out[site.name] = [Metric(known.kind, known.rows, inputs, known.scale, known.judged_by)]
     return out
+
+
+def _as_studied(run: Run, model: Model) -> Divergence:
+    """The divergence of the model with the temperature at which the study sampled its labels."""
+    found = run.get("certainty")
+    return model.divergence if found is None else softened(model.divergence, found["temperature"])
 
 
 def _block(name: str) -> str:
