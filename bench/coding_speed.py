@@ -2,8 +2,8 @@
 
     python bench/coding_speed.py [--shapes 2048x2048,4096x4096,11008x4096] [--run DIR]
 
-Codes are those of a Gaussian matrix at whole bits a weight and of all sites of BabyLlama's blocks; each time is the
-median of five. Fits are of Gaussian matrices under full moments of correlated features, one thread, one run each.
+Codes are those of a Gaussian matrix at whole bits a weight, of all sites of BabyLlama's blocks, and of all sites of
+every model rounded plainly; each time is the median of five, and every stream must decode to its codes. Fits are of Gaussian matrices under full moments of correlated features, one thread, one run each.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import reference
+from models import NAMES, reference
 from tersor.coding import Coded, code_costs, decode, encode
 from tersor.curves.draw import site_metrics
 from tersor.forms import CodedForm, CodedSetting
 from tersor.forms.coded import RESOLUTION
 from tersor.forms.rounding import Grid, Prices, round_with_feedback
 from tersor.metrics import Metric, Side
+from tersor.models import walk
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 5
@@ -86,6 +87,14 @@ def site_codes(run: Path) -> list[Coded]:
     return out
 
 
+def plain_codes(name: str) -> list[Coded]:
+    """The codes of all sites of a model, each rounded to steps of half its root mean square: about three bits."""
+    module = reference(name).open().module
+    matrices = [m.numpy() for site in walk(module).sites for m in site.matrices(module)]
+    still = [(np.zeros(len(m), int), np.zeros(m.shape[1], int)) for m in matrices]
+    return [_coded(m / (0.5 * np.sqrt(np.square(m).mean())), *logs) for m, logs in zip(matrices, still, strict=True)]
+
+
 def moment(size: int, generator: torch.Generator) -> Tensor:
     """A full moment of unit mean diagonal: features of very unlike size, mixed, and a share of noise of their own."""
     mixed = torch.randn(size, size // 4, generator=generator) * torch.logspace(0, -2, size // 4)
@@ -127,6 +136,9 @@ def main() -> None:
         show_coding(coding[-1])
     coding.append(coding_row("all sites of BabyLlama", site_codes(given.run or Path(tempfile.mkdtemp()))))
     show_coding(coding[-1])
+    for name in NAMES:
+        coding.append(coding_row(f"{name}, plainly", plain_codes(name)))
+        show_coding(coding[-1])
     rounding_row(128, 128)  # compiles
     for shape in given.shapes.split(","):
         rows, columns = (int(side) for side in shape.split("x"))
