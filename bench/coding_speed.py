@@ -3,7 +3,8 @@
     python bench/coding_speed.py [--shapes 2048x2048,4096x4096,11008x4096] [--run DIR]
 
 Codes are those of a Gaussian matrix at whole bits a weight, of all sites of BabyLlama's blocks, and of all sites of
-every model rounded plainly; each time is the median of five, and every stream must decode to its codes. Fits are of Gaussian matrices under full moments of correlated features, one thread, one run each.
+every model rounded plainly; each time is the median of five, and every stream must decode to its codes. Fits are of
+Gaussian matrices under full moments of correlated features, one thread, one run each.
 """
 
 from __future__ import annotations

@@ -109,6 +109,16 @@ def test_a_stream_cut_short_or_continued_is_refused() -> None:
         decode(stream + b"\0")
 
 
+def test_nothing_is_allocated_for_a_shape_that_is_not_due() -> None:
+    small = encode(Coded(np.zeros((1, 1), dtype=np.int32), np.zeros(1, int), np.zeros(1, int), 4))
+    numbers = bytearray(small[4:10])
+    claimed = small[:4] + b"\xff\xff\xff\xff\x7f" + bytes(numbers[1:])
+    with pytest.raises(StreamError):
+        decode(claimed, (1, 1))
+    with pytest.raises(StreamError, match=r"holds \(1, 1\), where \(2, 1\) is due"):
+        decode(small, (2, 1))
+
+
 def test_damage_in_a_chunk_is_named() -> None:
     stream = bytearray(encode(gaussian(64, 64), chunk=16 * 64))
     stream[-10] ^= 1

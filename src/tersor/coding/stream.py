@@ -66,8 +66,11 @@ def encode(coded: Coded, chunk: int = CHUNK) -> bytes:
     return _summed(header) + b"".join(_summed(c) for c in chunks)
 
 
-def decode(stream: bytes | memoryview) -> Coded:
-    """The matrix of a stream; raises StreamError where it is damaged, naming the part."""
+def decode(stream: bytes | memoryview, shape: tuple[int, int] | None = None) -> Coded:
+    """The matrix of a stream; raises StreamError where it is damaged, naming the part, or not of the shape that is due.
+
+    A stranger's stream may claim any shape, so give the one that is due: nothing is allocated for another.
+    """
     reader = _Reader(bytes(stream))
     if reader.take(4) != MAGIC:
         raise StreamError("This is no coded stream of version 1.")
@@ -80,6 +83,8 @@ def decode(stream: bytes | memoryview) -> Coded:
     lengths = [reader.varint() for _ in range(2 + count)]
     sides = [reader.take(length) for length in lengths[:2]]
     reader.check("header")
+    if shape is not None and (rows, columns) != tuple(shape):
+        raise StreamError(f"A coded stream holds {(rows, columns)}, where {tuple(shape)} is due.")
     row_logs, column_logs = (_decode_side(side, n) for side, n in zip(sides, (rows, columns), strict=True))
     levels = _levels(row_logs, column_logs, resolution)
     model = _Model(family, _unzigzag(offset))

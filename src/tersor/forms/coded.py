@@ -187,10 +187,7 @@ class Packed:
 
 def unpack_stream(stream: Tensor, shape: Shape) -> Packed:
     """Decode a stream; raises TersorError where it is damaged or holds a matrix of another shape."""
-    coded = decode(stream.numpy().tobytes())
-    if coded.codes.shape != shape:
-        raise TersorError(f"A coded stream holds {coded.codes.shape}, where {shape} is due.")
-    return Packed.of(coded)
+    return Packed.of(decode(stream.numpy().tobytes(), shape))
 
 
 def _packed_bytes(codes: np.ndarray[Any, Any], bits: int) -> int:
