@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.build import operators_of
+from tersor.errors import TersorError
 from tersor.steps import Result, compress
 from tiny_models import configurations
 
@@ -214,6 +215,18 @@ def test_experts_of_unlike_importance_get_streams_of_their_own_sizes(
     with safe_open(out / "model.safetensors", framework="pt") as file:
         names = sorted(k for k in file.keys() if k.startswith(choice.site))  # noqa: SIM118
         assert [file.get_tensor(name).nbytes for name in names] == sizes
+
+
+def test_a_damaged_stream_is_named(built: Callable[..., tuple[Result, Path]]) -> None:
+    _, out = built("llama-tied", forms=("coded",))
+    path = out / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"TSC1") + 30] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(TersorError, match=r"model\.safetensors is damaged: .*operator: .*checksum of its"):
+        tersor.load(out)
+    with pytest.raises(TersorError, match=r"operator: .*checksum of its"):
+        transformers.AutoModelForCausalLM.from_pretrained(out)
 
 
 @pytest.mark.parametrize(("name", "form"), [("llama-tied", "int"), ("gemma", "int"), ("llama-tied", "coded")])

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tersor.build.artifact import WEIGHTS, install_empty, load_weights, read_record
+from tersor.coding import StreamError
 from tersor.engine import map_units
 from tersor.errors import TersorError
 from tersor.forms import Operator
@@ -39,6 +40,20 @@ def load(
     """
     folder = Path(folder)
     record = read_record(folder)
+    try:
+        return _load(folder, record, model, device, dtype, progress)
+    except StreamError as error:
+        raise TersorError(f"{folder / WEIGHTS} is damaged: {error}") from error
+
+
+def _load(
+    folder: Path,
+    record: dict[str, Any],
+    model: nn.Module | Callable[[], nn.Module] | str | None,
+    device: str,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> nn.Module:
     if record["model"]["kind"] == "huggingface" and model is None:
         return prepare(_load_huggingface(folder, device, dtype), progress)
     if model is None:
@@ -66,7 +81,7 @@ def prepare(module: nn.Module, progress: Progress = lambda *_: None, workers: in
 
     def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
         for name, operator in waiting.items():
-            yield name, partial(_work_of, operator)
+            yield name, partial(_work_of, name, operator)
 
     for done, (name, made) in enumerate(map_units(_call, units(), workers if many else 1), 1):
         waiting[name].adopt(made)
@@ -74,14 +89,17 @@ def prepare(module: nn.Module, progress: Progress = lambda *_: None, workers: in
     return module
 
 
-def _work_of(operator: Operator) -> tuple[Any, ...]:
+def _work_of(name: str, operator: Operator) -> tuple[Any, ...]:
     work = operator.unready()
     assert work is not None
-    return work
+    return name, *work
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return function(*arguments)
+def _call(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(*arguments)
+    except StreamError as error:
+        raise StreamError(f"{name}: {error}") from error
 
 
 def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
