@@ -18,14 +18,16 @@ from models import NAMES
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[1] / "docs" / "figures.md"
 SCORES = {"minilm": "STS-B Spearman x 100", "babyllama": "perplexity", "pylm": "perplexity", "resnet56": "top-1 %"}
+FORMS = ("int", "coded", "lowrank", "int+lowrank")
 HEAD = """\
 # Figures
 
 Measured on two cores, each table in one run with its rivals. The models: all-MiniLM-L6-v2 (a sentence encoder),
 BabyLlama and PyLM (language models of 0.9 and 4.6 M parameters), ResNet-56 for CIFAR-10. Shares are of the
 original's weights file, everything counted, tables included. Divergence is on held-out data: KL in nats a token or
-class, 1 - cosine for the encoder. Brackets are 95 % bootstrap intervals. Baselines put one setting at every site,
-tables included, the largest that fits.
+class, 1 - cosine for the encoder. Brackets are 95 % bootstrap intervals. Tersor's plans are from all forms, and, as
+`fixed rates`, from those without entropy coding. Baselines put one setting at every site, tables included, the largest
+that fits. The limit is the least divergence that a code of that size is predicted to have for Gaussian weights.
 """
 
 
@@ -55,14 +57,14 @@ def prediction_table(name: str, found: dict[str, Any]) -> Iterator[str]:
     rows = [r for r in found["single"] if r["measured"] > 1e-9]
     yield f"\n## {name}: predicted against measured\n"
     yield f"`script/bench prediction {name}`. {len(rows)} candidates at single sites; ratio: measured / predicted.\n"
-    yield "| metric | rank correlation | median ratio | quartiles | int | lowrank | int+lowrank |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield f"| metric | rank correlation | median ratio | quartiles | {' | '.join(FORMS)} |"
+    yield "| --- | --- | --- | --- |" + " --- |" * len(FORMS)
     for kind in rows[0]["predicted"]:
         measured = np.array([r["measured"] for r in rows])
         predicted = np.array([r["predicted"][kind] for r in rows])
         ratio = measured / np.maximum(predicted, 1e-30)
         low, middle, high = np.percentile(ratio, (25, 50, 75))
-        by_form = [np.median(ratio[[r["form"] == form for r in rows]]) for form in ("int", "lowrank", "int+lowrank")]
+        by_form = [np.median(ratio[[r["form"] == form for r in rows]]) for form in FORMS]
         yield (
             f"| {kind} | {spearmanr(measured, predicted).statistic:.3f} | {middle:.2f} | {low:.2f} .. {high:.2f} | "
             + " | ".join(f"{v:.2f}" for v in by_form)
@@ -110,6 +112,32 @@ def coded_tables(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {model['name']} | {values} |"
 
 
+def runtime_table(found: dict[str, Any]) -> Iterator[str]:
+    rows = found["rows"]
+    yield f"\n## {found['model']}: at run time\n"
+    yield (
+        f"`script/bench runtime {found['model']}`. Plans of one budget, loaded again, over the original: bytes "
+        "resident, bytes at the peak of a batch of 32, latency of one sample and of 32 (medians of ratios, in turn).\n"
+    )
+    yield "| forms | on disk | resident | peak | latency of 1 | of 32 | seconds to load |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in rows:
+        shares = " | ".join(f"{row[k]:.1%}" for k in ("bytes", "resident", "peak"))
+        yield f"| {row['forms']} | {shares} | {row['latency 1']:.2f} | {row['latency 32']:.2f} | {row['load']:.2f} |"
+
+
+def speed_tables(found: dict[str, Any]) -> Iterator[str]:
+    yield "\n## Speed of coding and of rounding\n"
+    yield "`script/bench coding_speed`, one core.\n"
+    yield "| matrices | bits a weight | million weights a second encoded | decoded |\n| --- | --- | --- | --- |"
+    for row in found["coding"]:
+        speeds = " | ".join(f"{row[k] / 1e6:.1f}" for k in ("encoded_a_second", "decoded_a_second"))
+        yield f"| {row['name']} | {row['bits']:.2f} | {speeds} |"
+    yield "\n| site | bits a weight | seconds to round | to fit in all |\n| --- | --- | --- | --- |"
+    for row in found["fits"]:
+        yield f"| {row['name']} | {row['bits']:.2f} | {row['rounding_seconds']:.1f} | {row['fit_seconds']:.1f} |"
+
+
 def _row(cell: dict[str, Any], name: str) -> dict[str, Any]:
     return next(row for row in cell["rows"] if row["name"] == name)
 
@@ -140,9 +168,11 @@ def main() -> None:
             if path.exists():
                 found = json.loads(path.read_text(encoding="utf8"))
                 lines += budget_table(found) if kind == "budgets" else prediction_table(name, found)
-    coded = RESULTS / "coded-babyllama.json"
-    if coded.exists():
-        lines += coded_tables(json.loads(coded.read_text(encoding="utf8")))
+    once = {"coded-babyllama": coded_tables, **{f"runtime-{n}": runtime_table for n in NAMES}}
+    for name, table in {**once, "coding-speed": speed_tables}.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            lines += table(json.loads(path.read_text(encoding="utf8")))
     TARGET.write_text("\n".join(lines) + "\n", encoding="utf8")
     print(f"written to {TARGET.name}")
 
