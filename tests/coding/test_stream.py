@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,33 @@ def test_nothing_is_allocated_for_a_shape_that_is_not_due() -> None:
         decode(claimed, (1, 1))
     with pytest.raises(StreamError, match=r"holds \(1, 1\), where \(2, 1\) is due"):
         decode(small, (2, 1))
+
+
+def resealed(stream: bytes, start: int, stop: int, change: bytes) -> bytes:
+    """A stream of one chunk with other bytes from `start` to `stop`, and a checksum that holds."""
+    header = 4 + int(
+        next(n for n in range(4, len(stream)) if zlib.crc32(stream[:n]).to_bytes(4, "little") == stream[n : n + 4])
+    )
+    chunk = bytearray(stream[header:-4])
+    chunk[start:stop] = change
+    return stream[:header] + bytes(chunk) + zlib.crc32(chunk).to_bytes(4, "little")
+
+
+def test_lies_under_a_checksum_that_holds_are_refused() -> None:
+    stream = encode(gaussian(9, 11))
+    escaping = encode(Coded(np.full((2, 2), 100_000, dtype=np.int32), np.zeros(2, int), np.zeros(2, int), 4))
+    assert same(decode(resealed(stream, 0, 0, b"")), gaussian(9, 11))
+    for start, stop, change in ((-4, None, bytes(4)), (-3, None, b"\x01\x01\x01"), (1, 5, b"\x01\x02\x03\x04")):
+        with pytest.raises(StreamError):
+            decode(resealed(stream, start, stop if stop is not None else 10**9, change))
+    with pytest.raises(StreamError):  # three escapes where four are due, in as many bytes
+        decode(resealed(escaping, 0, 4, b"\x03\xc0\x9a\x8c"))
+
+
+def test_codes_and_steps_beyond_all_bounds_are_refused() -> None:
+    large = Coded(np.full((2, 2), -(2**31), dtype=np.int32), np.zeros(2, int), np.zeros(2, int), 4)
+    with pytest.raises(StreamError, match="the largest that a stream holds"):
+        encode(large)
 
 
 def test_damage_in_a_chunk_is_named() -> None:

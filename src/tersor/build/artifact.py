@@ -20,7 +20,7 @@ from torch import nn
 from tersor.build.layers import install
 from tersor.build.layout import distinct_state
 from tersor.errors import TersorError
-from tersor.forms import form_named, setting_of, settings_of
+from tersor.forms import Form, form_named, setting_of, settings_of
 from tersor.models.files import Checkpoint, open_checkpoint, write_safetensors, write_text
 from tersor.models.sites import Site, walk
 from tersor.plan import Choice
@@ -96,11 +96,22 @@ def install_empty(module: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> 
         if name not in found:
             raise TersorError(f"The artifact has a site {name!r} that the model lacks; it was made from another model.")
         site, form = found[name], form_named(value["form"])
+        settings = _settings(name, site, form, value["setting"])
         site = replace(site, places=tuple((m, p) for m, p in value["places"]))  # tied weights may be tied only later
         with site.parameter(module).device:
-            settings = settings_of(setting_of(form, value["setting"]), site.stack)
             operators = [form.empty(site.shape, setting) for setting in settings]
         install(module, site, operators)
+
+
+def _settings(name: str, site: Site, form: Form, values: Mapping[str, Any]) -> list[Any]:
+    """The settings of the matrices of a site as an artifact has them."""
+    try:
+        settings = settings_of(setting_of(form, values), site.stack)
+    except (TypeError, TersorError) as error:
+        raise TersorError(f"The setting of {name} in the artifact is none: {error}") from error
+    if len(settings) != site.stack:
+        raise TersorError(f"The artifact has {len(settings)} settings for {name}, which has {site.stack} matrices.")
+    return settings
 
 
 def walk_all(module: nn.Module) -> tuple[Site, ...]:

@@ -150,7 +150,9 @@ def _observe_again(run: Run, model: Model, sites: Sequence[Site], batches: Seque
         summary = collector.summaries.get((site.name, 0, "linear"))
         if summary is not None and len(site.places) == 1:
             known = out[site.name][0]
-            seen = (summary.weighted_inputs if summary.has_gradients else summary.inputs).float()
+            seen = (summary.weighted_inputs if summary.has_gradients else summary.inputs).float().cpu()
+            if float(Side(seen).diagonal.mean()) <= 0:  # nothing reaches it any more
+                continue
             scale = (known.judged_by or known).columns.diagonal.mean() / Side(seen).diagonal.mean()
             inputs = Side(seen * scale).damped(damping["inputs"])
             out[site.name] = [Metric(known.kind, known.rows, inputs, known.scale, known.judged_by)]

@@ -20,6 +20,8 @@ from tersor.errors import TersorError
 
 MAGIC = b"TSC1"
 CHUNK = 1 << 20  # entries of a chunk, at least a row
+LARGEST = 1 << 20  # the magnitude of a code
+FARTHEST = 4000  # the magnitude of a side's logarithm, in units of the resolution
 SEARCHED = 6  # quarters of an octave around the deviation of the weights
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +35,7 @@ class Coded:
     """Codes (rows, columns) int32; `rows` and `columns` are the binary logarithms of the steps' factors.
 
     They are integers in units of 1 / `resolution`: the step of an entry is 2^((rows[i] + columns[j]) / resolution).
+    Codes lie within 2^20 of zero, logarithms within 4000.
     """
 
     codes: Array
@@ -52,6 +55,8 @@ class _Model:
 def encode(coded: Coded, chunk: int = CHUNK) -> bytes:
     """The stream of a matrix; the probability model is the one under which it takes the fewest bits."""
     codes = np.ascontiguousarray(coded.codes, dtype=np.int32)
+    if codes.max(initial=0) > LARGEST or codes.min(initial=0) < -LARGEST:
+        raise StreamError(f"A code lies beyond {LARGEST:,}, the largest that a stream holds.")
     levels = _levels(coded.rows, coded.columns, coded.resolution)
     model = _best_model(codes, levels)
     sides = [_encode_side(side) for side in (coded.rows, coded.columns)]
@@ -87,7 +92,7 @@ def decode(stream: bytes | memoryview, shape: tuple[int, int] | None = None) -> 
         raise StreamError(f"A coded stream holds {(rows, columns)}, where {tuple(shape)} is due.")
     row_logs, column_logs = (_decode_side(side, n) for side, n in zip(sides, (rows, columns), strict=True))
     levels = _levels(row_logs, column_logs, resolution)
-    model = _Model(family, _unzigzag(offset))
+    model = _Model(family, _bounded(offset, 1 << 16))
     codes = np.empty((rows, columns), dtype=np.int32)
     for number, length in enumerate(lengths[2:]):
         payload = reader.take(length)
@@ -109,8 +114,10 @@ def code_costs(coded: Coded) -> tuple[Array, Array]:
 
 def _levels(rows: Array, columns: Array, resolution: int) -> Array:
     """How many quarters of an octave the step of every entry lies above 1, rounded down (rows, columns), int16."""
-    total = rows.astype(np.int64)[:, None] + columns.astype(np.int64)[None]
-    return (total * 4 // resolution).astype(np.int16)
+    total = np.add.outer(rows.astype(np.int32), columns.astype(np.int32))
+    total *= 4
+    total //= resolution
+    return total.astype(np.int16)
 
 
 def _classes(levels: Array, model: _Model, part: slice) -> Array:
@@ -123,9 +130,12 @@ def _best_model(codes: Array, levels: Array) -> _Model:
     """The family and offset with the least cross-entropy."""
     low, span = int(levels.min()), int(levels.max()) - int(levels.min()) + 1
     width = costs(0).shape[1]
-    magnitudes = np.minimum(np.abs(codes), width - 1)
-    flat = (levels.astype(np.int64) - low) * width + magnitudes
-    counts = np.bincount(flat.ravel(), minlength=span * width).reshape(span, width)
+    counts = np.zeros((span, width), dtype=np.int64)
+    rows_at_once = max(1, CHUNK // codes.shape[1])
+    for start in range(0, len(codes), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        flat = (levels[part].astype(np.int64) - low) * width + np.minimum(np.abs(codes[part]), width - 1)
+        counts += np.bincount(flat.ravel(), minlength=span * width).reshape(span, width)
     used = np.flatnonzero(counts.sum(0))[-1] + 1
     rows = np.flatnonzero(counts.sum(1))
     counts = counts[rows][:, :used]
@@ -156,10 +166,13 @@ def _encode_side(logs: Array) -> bytes:
 
 def _decode_side(payload: bytes, count: int) -> Array:
     reader = _Reader(payload)
-    centre, index = _unzigzag(reader.varint()), reader.varint()
+    centre, index = _bounded(reader.varint(), FARTHEST), reader.varint()
     if index > HIGHEST - LOWEST:
         raise StreamError("The header of a coded stream is damaged.")
-    return centre + _decode_classes(reader.rest(), np.full(count, index, dtype=np.uint8), 0)
+    logs: Array = centre + _decode_classes(reader.rest(), np.full(count, index, dtype=np.uint8), 0)
+    if np.abs(logs).max(initial=0) > FARTHEST:
+        raise StreamError("The header of a coded stream is damaged.")
+    return logs
 
 
 def _encode_classes(codes: Array, classes: Array, family: int) -> bytes:
@@ -190,11 +203,14 @@ def _decode_classes(payload: bytes, classes: Array, family: int) -> Array:
     count = reader.varint()
     if count > len(classes):
         raise StreamError("A coded stream is damaged: it has more escapes than entries.")
-    escapes = np.array([_unzigzag(reader.varint()) for _ in range(count)], dtype=np.int32)
+    escapes = np.array([_bounded(reader.varint(), LARGEST) for _ in range(count)], dtype=np.int32)
     words = reader.rest()
     if len(words) % 4:
         raise StreamError("A coded stream is damaged: a chunk ends within a word.")
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, dtype="<u4").astype(np.uint32))
+    try:
+        coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, dtype="<u4").astype(np.uint32))
+    except ValueError as error:
+        raise StreamError("A coded stream is damaged: the words of a chunk are none of the coder's.") from error
     order = np.argsort(classes, kind="stable")
     symbols = np.empty(len(classes), dtype=np.int32)
     used = 0
@@ -202,6 +218,8 @@ def _decode_classes(payload: bytes, classes: Array, family: int) -> Array:
         reach = reach_of(name + LOWEST)
         part = coder.decode(_model(family, name), stop - start) - reach
         strange = np.flatnonzero(part > reach)
+        if len(strange) > count - used:
+            raise StreamError("A coded stream is damaged: it has fewer escapes than are due.")
         if len(strange):
             part[strange] = escapes[used : used + len(strange)]
             used += len(strange)
@@ -240,6 +258,13 @@ def _zigzag(value: int) -> int:
 
 def _unzigzag(value: int) -> int:
     return value // 2 if value % 2 == 0 else -(value // 2) - 1
+
+
+def _bounded(value: int, largest: int) -> int:
+    """A signed number of a stream; beyond `largest` in magnitude it is damage."""
+    if abs(signed := _unzigzag(value)) > largest:
+        raise StreamError("A coded stream is damaged: a number in it is too large.")
+    return signed
 
 
 def _varint(value: int) -> bytes:

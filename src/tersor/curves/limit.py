@@ -135,7 +135,7 @@ def spectrum(weights: Tensor, metrics: Sequence[Metric]) -> tuple[Tensor, Tensor
     size = BINS_PER_OCTAVE * OCTAVES
     counts, sums = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.float64)
     for weight, metric in zip(weights, metrics, strict=True):
-        scale = metric.scale * float(weight.double().square().mean())
+        scale = metric.scale * float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 / weight.numel()
         if scale <= 0:
             continue
         columns = _eigenvalues(metric.columns)

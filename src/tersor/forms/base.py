@@ -21,7 +21,7 @@ Convolution = Callable[[Tensor, Tensor], Tensor]
 
 
 class Setting(Protocol):
-    """A frozen dataclass of plain values; `label` is how it is printed, `float_bits` how it is told apart."""
+    """A frozen dataclass of plain values; `label` is how it is printed."""
 
     @property
     def label(self) -> str: ...
@@ -140,7 +140,8 @@ def fitted_candidate(form: Form, weight: Tensor, metric: Metric, setting: Any) -
     """Fit a setting and say exactly what it does under the metric."""
     operator = form.fit(weight, metric, setting)
     divergence = metric.distance(weight.float() - operator.dense())
-    return operator, Candidate(form.name, setting, cost_of(form, tuple(weight.shape), setting), divergence)  # type: ignore[arg-type]
+    cost = cost_of(form, operator.shape, operator.setting)
+    return operator, Candidate(form.name, operator.setting, cost, divergence)
 
 
 @dataclass(frozen=True)

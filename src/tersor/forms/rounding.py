@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 TILE = 64
+PRICED = 1 << 20  # entries whose prices are looked up at a time
 FREE_ROWS = 4096  # rows of a tile where they do not feel one another
 
 
@@ -41,15 +42,12 @@ class Grid:
         """The codes nearest to `values` (rows, columns), or the cheapest near to them."""
         exact = values / self.scale + self.zero
         codes = exact.round().clamp(self.low, self.top)
-        if self.prices is None:
-            return codes
-        table, classes = self.prices.table, self.prices.classes.long()
-        dearest, toward = table.shape[1] - 1, codes - codes.sign()
-
-        def cost(codes: Tensor) -> Tensor:
-            return (exact - codes).square() + table[classes, codes.abs().clamp_max(dearest).long()]
-
-        return torch.where((cost(toward) < cost(codes)) & (codes.abs() <= dearest), toward, codes)
+        if self.prices is not None:
+            rows = max(1, PRICED // codes.shape[1])
+            parts = zip(exact.split(rows), codes.split(rows), self.prices.classes.split(rows), strict=True)
+            for near, part, classes in parts:
+                part.copy_(_cheaper(near, part, self.prices.table, classes))
+        return codes
 
     def nearest(self, values: Tensor) -> Tensor:
         """The grid's values at `codes(values)`."""
@@ -59,6 +57,16 @@ class Grid:
     def turned(self) -> Grid:
         prices = None if self.prices is None else Prices(self.prices.table, self.prices.classes.T)
         return Grid(self.scale.T, self.zero.T, self.top, self.low, prices)
+
+
+def _cheaper(exact: Tensor, codes: Tensor, table: Tensor, classes: Tensor) -> Tensor:
+    """The codes, or the next towards zero where that costs less in all."""
+    dearest, toward = table.shape[1] - 1, codes - codes.sign()
+
+    def cost(codes: Tensor) -> Tensor:
+        return (exact - codes).square() + table[classes.int(), codes.abs().clamp_max(dearest).int()]
+
+    return torch.where((cost(toward) < cost(codes)) & (codes.abs() <= dearest), toward, codes)
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, rows: Tensor | None, columns: Tensor | None) -> Tensor:

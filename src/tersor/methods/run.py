@@ -16,7 +16,7 @@ from torch import nn
 
 from tersor.data import Data
 from tersor.errors import TersorError, UnreachableBudget
-from tersor.forms import form_named
+from tersor.forms import form_named, settings_of
 from tersor.methods.method import Method, method_named
 from tersor.models import Model
 from tersor.plan import Limits, Option, Plan, Planner, Solution
@@ -92,7 +92,8 @@ def _uniform(method: Method, planner: Planner) -> Iterator[Solution]:
         level = {form.setting(v) for v in values}
         chosen = []
         for known, menu in zip(planner.candidates, planner.menus, strict=True):
-            of_level = [o for o in menu if o.key is not None and known[o.key].setting in level]
+            drawn = [o for o in menu if o.key is not None]
+            of_level = [o for o in drawn if set(settings_of(known[o.key].setting, 1)) <= level]  # type: ignore[index]
             unused = menu[1:] if len(known) == 1 and known[0].divergence == 0 else ()
             chosen.append(min(of_level or unused or menu[:1], key=lambda o: o.divergence))
         yield Solution(tuple(chosen), 0.0)

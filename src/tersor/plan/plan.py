@@ -175,17 +175,6 @@ class Planner:
             gap,
         )
 
-    def uniform(self, form: str, settings: Sequence[dict[str, Any]], name: str) -> Plan:
-        """The same setting everywhere: the first of `settings` drawn at the site, else the site is untouched."""
-        wanted = [form_named(form).setting(values) for values in settings]
-        choices = []
-        for site, known in zip(self.sites, self.candidates, strict=True):
-            by_setting = {c.setting: c for c in known if c.form == form}
-            unused = [c for c in known if c.setting not in wanted and len(known) == 1]
-            found = next((by_setting[w] for w in wanted if w in by_setting), unused[0] if unused else None)
-            choices.append(_choice(site, found))
-        return self.plan_from(choices, name)
-
 
 def fixed_bytes(sites: Sequence[Site], size_of: Callable[[Sequence[Choice]], int]) -> int:
     """Bytes of a file that belong to no site: all other tensors, and the header but for the entries of sites."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def study(
     opened.run.belongs_to({"check_data": "held back" if checked is None else fingerprint_of(check)})
     opened.run.belongs_to({"settings": _ladders_key(settings)})
     opened.run.put("source", opened.model.identity.source)
-    _observe(opened, fit, check, gradients=metric != "input", seed=seed, progress=progress)
+    _observe(
+        opened, fit, check, unseen_data=checked is not None, gradients=metric != "input", seed=seed, progress=progress
+    )
     if damping is not None:
         opened.run.belongs_to({"damping": damping})
     start = time.perf_counter()
@@ -150,7 +152,14 @@ def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _observe(
-    opened: Study, fit: list[Batch], check: list[Batch], *, gradients: bool, seed: int, progress: Progress
+    opened: Study,
+    fit: list[Batch],
+    check: list[Batch],
+    *,
+    unseen_data: bool,
+    gradients: bool,
+    seed: int,
+    progress: Progress,
 ) -> None:
     if opened.run.get("observed"):
         return
@@ -158,6 +167,8 @@ def _observe(
     divergence = opened.model.divergence
     if gradients and divergence.name == "kl":
         found = certainty(opened.model, fit, check)
+        if not unseen_data:  # both parts are of the same data, so any difference is that of samples
+            found = replace(found, temperature=1.0)
         opened.run.put("certainty", {**asdict(found), "is_certain": found.is_certain})
         divergence = softened(divergence, found.temperature)
     for part, batches in (("fit", fit), ("check", check)):
