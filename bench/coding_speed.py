@@ -26,7 +26,7 @@ from models import NAMES, reference
 from tersor.coding import Coded, code_costs, decode, encode
 from tersor.curves.draw import site_metrics
 from tersor.forms import CodedForm, CodedSetting
-from tersor.forms.coded import RESOLUTION
+from tersor.forms.lattice import RESOLUTION
 from tersor.forms.rounding import Grid, Prices, round_with_feedback
 from tersor.metrics import Metric, Side
 from tersor.models import walk
