@@ -79,7 +79,7 @@ def build(
         if folder is not None:
             copy_beside(folder, target)
         size = write_artifact(
-            target, model.module, sites, built, dtypes, _config(model), _record(run, model, sites, plan)
+            target, model.module, sites, built, dtypes, _config(model), _record(run, model, layout, plan)
         )
         if size != plan.stored:
             raise TersorError(
@@ -181,11 +181,11 @@ def _config(model: Model) -> dict[str, Any] | None:
     return read_config(folder)
 
 
-def _record(run: Run, model: Model, sites: Sequence[Site], plan: Plan) -> dict[str, Any]:
+def _record(run: Run, model: Model, layout: Layout, plan: Plan) -> dict[str, Any]:
     from tersor import __version__
 
     identity = model.identity
-    limit = Limit.of(run, sites, Layout.from_json(run.get("layout")).file_bytes)
+    limit = Limit.of(run, layout.sites, layout.file_bytes)
     return {
         "model": {
             "kind": identity.kind,
@@ -196,7 +196,7 @@ def _record(run: Run, model: Model, sites: Sequence[Site], plan: Plan) -> dict[s
         "divergence": model.divergence.name,
         "plan": plan.as_json(),
         "limit": None if limit is None else limit.divergence(plan.stored),
-        "site_weights": {site.name: site.parameters for site in sites},
+        "site_weights": {site.name: site.parameters for site in layout.sites},
         "untouched": run.get("untouched", []),
         "unused_sites": run.get("unused_sites", []),
         "versions": {"tersor": __version__, "torch": torch.__version__},

@@ -33,10 +33,12 @@ def load(
     dtype: torch.dtype | None = None,
     progress: Progress = lambda *_: None,
 ) -> nn.Module:
-    """Load the built model of an artifact. `progress(name, done, total)` hears of every weight that is decoded.
+    """Load the built model of an artifact.
 
     For a Hugging Face artifact nothing else is needed. For a module of your own give the module as it was before, its
-    factory, or `file.py:factory`: an artifact never names code to be run. Raises TersorError for a damaged artifact.
+    factory, or `file.py:factory`: an artifact never names code to be run; `progress(name, done, total)` then hears of
+    every weight that is decoded (transformers decodes as it loads, under a bar of its own). Raises TersorError for a
+    damaged artifact.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -73,7 +75,7 @@ def _load(
     return module.eval()
 
 
-def prepare(module: nn.Module, progress: Progress = lambda *_: None, workers: int | None = None) -> nn.Module:
+def prepare(module: nn.Module, progress: Progress = lambda *_: None) -> nn.Module:
     """Make all operators of a module ready to run: entropy-coded weights are decoded, many of them in processes."""
     operators = {name: child for name, child in module.named_modules() if isinstance(child, Operator)}
     waiting = {name: operator for name, operator in operators.items() if operator.unready() is not None}
@@ -83,7 +85,7 @@ def prepare(module: nn.Module, progress: Progress = lambda *_: None, workers: in
         for name, operator in waiting.items():
             yield name, partial(_work_of, name, operator)
 
-    for done, (name, made) in enumerate(map_units(_call, units(), workers if many else 1), 1):
+    for done, (name, made) in enumerate(map_units(_call, units(), None if many else 1), 1):
         waiting[name].adopt(made)
         progress(name, done, len(waiting))
     return module

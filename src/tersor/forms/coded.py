@@ -187,9 +187,10 @@ def _fit(lattice: Lattice, setting: CodedSetting) -> CodedOperator:
     """Fit a step; a setting that promises a stored size is kept to it, under whatever metric, by a larger step."""
     for _ in range(COARSENINGS):
         coded = lattice.round(setting.step, setting.trade)
-        stream, packed = encode(coded), Packed.of(coded)
+        stream = encode(coded)
         over = 0 if setting.stored is None else len(stream) - setting.stored
         if over <= 0:
+            packed = Packed.of(coded)
             complete = replace(setting, stored=len(stream), resident=packed.nbytes)
             operator = CodedOperator((coded.codes.shape[0], coded.codes.shape[1]), complete)
             operator.stream = torch.frombuffer(bytearray(stream), dtype=torch.uint8)

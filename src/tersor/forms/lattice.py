@@ -54,13 +54,16 @@ class Lattice:
     def round(self, step: float, trade: float) -> Coded:
         """The codes at a step, rounded with feedback; steps that are too small for any code are taken larger."""
         rows, columns = self._sides(step)
-        beyond = float((self.weight / _outer(rows, columns)).abs().max()) * 16 / LARGEST
+        scale = _outer(rows, columns)
+        exact = self.weight / scale
+        beyond = float(exact.abs().max()) * 16 / LARGEST
         if beyond > 1:
             rows = rows + math.ceil(RESOLUTION * min(math.log2(beyond), 100) if math.isfinite(beyond) else 400)
-        scale = _outer(rows, columns)
+            scale = _outer(rows, columns)
+            exact = self.weight / scale
         prices = None
         if trade > 0:
-            plain = (self.weight / scale).round().clamp(-LARGEST, LARGEST).int()
+            plain = exact.round().clamp(-LARGEST, LARGEST).int()
             bits, classes = code_costs(Coded(plain.numpy(), rows, columns, RESOLUTION))
             prices = Prices(trade * math.log(2) / 6 * torch.from_numpy(bits).float(), torch.from_numpy(classes))
         grid = Grid(scale, torch.zeros(()).expand(scale.shape), float(LARGEST), -float(LARGEST), prices)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tersor.coding import Coded, decode
+from tersor.forms.base import Shape
 from tersor.forms.packing import pack, packed_width, unpack
 
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
-Shape = tuple[int, int]
 Ints = np.ndarray[Any, Any]
 
 

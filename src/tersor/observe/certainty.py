@@ -39,12 +39,15 @@ class Certainty:
         return max(self.fitted, self.checked) < CERTAIN * math.log(max(self.classes, 2))
 
 
-def certainty(model: Model, fit: Sequence[Batch], check: Sequence[Batch]) -> Certainty:
-    """Compare the two parts on some of their batches; the outputs of the model are logits (predictions, classes)."""
+def certainty(model: Model, fit: Sequence[Batch], check: Sequence[Batch], *, soften: bool = True) -> Certainty:
+    """Compare the two parts on some of their batches; the outputs of the model are logits (predictions, classes).
+
+    Where both parts are of the same data any difference is that of samples, so there is nothing to `soften`.
+    """
     fitted, checked = (_logits(model, batches) for batches in (fit, check))
     target = mean_entropy(checked, 1.0)
     temperature = 1.0
-    if mean_entropy(fitted, 1.0) < ENOUGH * target:
+    if soften and mean_entropy(fitted, 1.0) < ENOUGH * target:
         low, high = 0.0, math.log(HOTTEST)
         while high - low > 1e-3:
             middle = (low + high) / 2

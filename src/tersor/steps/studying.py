@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,7 @@ def _observe(
     start = time.perf_counter()
     divergence = opened.model.divergence
     if gradients and divergence.name == "kl":
-        found = certainty(opened.model, fit, check)
-        if not unseen_data:  # both parts are of the same data, so any difference is that of samples
-            found = replace(found, temperature=1.0)
+        found = certainty(opened.model, fit, check, soften=unseen_data)
         opened.run.put("certainty", {**asdict(found), "is_certain": found.is_certain})
         divergence = softened(divergence, found.temperature)
     for part, batches in (("fit", fit), ("check", check)):
