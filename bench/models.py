@@ -153,11 +153,10 @@ def _pylm() -> Reference:
 def _resnet() -> Reference:
     folder = ASSETS / "resnet-cifar10"
     arrays = {part: np.load(folder / f"cifar10-{part}.npz") for part in ("train4000", "jpeg-test4000")}
-    images = [(a["images"], a["labels"]) for a in arrays.values()]
-    train = Data("training images", arrays=images[0][0], labels=images[0][1])
-    unseen, test = (
-        Data("test images", arrays=images[1][0][s], labels=images[1][1][s]) for s in (slice(500), slice(500, None))
-    )
+    (known, known_labels), (images, labels) = ((a["images"], a["labels"]) for a in arrays.values())
+    train = Data("training images", arrays=known, labels=known_labels)
+    order = np.random.default_rng(0).permutation(len(images))  # the last images of the file are damaged far less
+    unseen, test = (Data("test images", arrays=images[i], labels=labels[i]) for i in np.split(order, [1000]))
 
     def score(model: Any) -> np.ndarray:
         out = []

@@ -104,14 +104,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=NAMES)
     parser.add_argument("--candidates", type=int, default=72)
-    parser.add_argument("--samples", type=int, default=None, help="held-out samples (a quarter of those of budgets)")
+    parser.add_argument("--samples", type=int, default=None, help="held-out samples (half of those of budgets)")
     parser.add_argument("--run", type=Path, default=None)
     given = parser.parse_args()
     known = reference(given.model)
     run = given.run or Path(tempfile.mkdtemp())
     opened = known.study(run)
-    samples = given.samples or known.held_out_samples // 4  # seventy candidates are measured, each on all of them
-    batches = opened.model.batches(known.held_out, samples, known.sequence_length, known.batch_size)
+    samples = given.samples or known.held_out_samples // 2  # seventy candidates are measured, each on all of them
+    batches = opened.model.batches(known.held_out, samples, known.sequence_length, known.batch_size, seed=0)
     held = Reference(opened.model, batches)
     rows = single_sites(opened, held, given.candidates)
     summarise(rows)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tersor.data import read_data, read_pairs
+from tersor.data import Data, read_data, read_pairs
 from tersor.errors import TersorError
 
 TEXTS = ["one line", "another, with a comma", "ünïcode"]
@@ -133,3 +133,26 @@ def test_pairs(tmp_path: Path) -> None:
             read_pairs(write(tmp_path / "q.csv", text))
     with pytest.raises(TersorError, match="does not exist"):
         read_pairs(tmp_path / "none.csv")
+
+
+def test_samples_come_from_anywhere_in_a_sorted_file() -> None:
+    data = Data("x", arrays=np.arange(1000), labels=np.arange(1000) // 10)
+    few = data.sampled(100, seed=1)
+    assert few.arrays is not None and few.labels is not None and len(few) == 100 == len(set(few.arrays.tolist()))
+    assert (few.arrays // 10 == few.labels).all() and 300 < few.arrays.mean() < 700
+    again, other = data.sampled(100, seed=1), data.sampled(100, seed=2)
+    assert np.array_equal(few.arrays, again.arrays) and not np.array_equal(few.arrays, other.arrays)
+    texts = Data("x", texts=[str(n) for n in range(1000)], labels=np.arange(1000)).sampled(50, seed=0)
+    assert texts.texts is not None and texts.labels is not None and [int(t) for t in texts.texts] == list(texts.labels)
+    assert Data("x", batches=[1, 2]).sampled(1, seed=0).batches == [1, 2]
+
+
+def test_texts_that_follow_each_other_stay_together() -> None:
+    words = [f"{n:03d}" for n in range(200)]
+    found = Data("x", texts=[*words, "y" * 100]).sampled(1, seed=3, stretch=9).texts
+    assert found is not None and sorted("".join(found)) == sorted("".join(words) + "y" * 100)
+    assert max(map(len, found)) == 36
+    numbers = [int(t) for t in found if t.isdigit()]
+    assert numbers != sorted(numbers) and sorted(numbers) == list(range(200))
+    follows = [b == a + 1 for a, b in zip(numbers, numbers[1:], strict=False)]
+    assert 0.6 < sum(follows) / len(follows) < 0.75  # in threes

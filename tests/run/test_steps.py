@@ -15,6 +15,7 @@ from tersor.build import fits
 from tersor.curves import draw
 from tersor.engine import local
 from tersor.errors import TersorError
+from tersor.forms import form_named
 from tersor.judge.costs import resident_bytes
 from tersor.steps import build_plan, compress, open_study, study
 
@@ -202,6 +203,19 @@ def test_gains_are_measured_on_check_data(quick: dict[str, Any], tmp_path: Path)
     with pytest.raises(TersorError, match=r"nowhere\.txt does not exist"):
         gain("missing", check_data="nowhere.txt")
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_coded_weight_has_a_probe_of_its_own(quick: dict[str, Any], tmp_path: Path) -> None:
+    options = {**quick, "gains": True, "forms": ("coded",), "settings": None}
+    opened = study(small_net(), batches(), tmp_path / "run", **options)
+    gains = opened.run.get("gain/4")["by_form"]
+    assert gains["coded"] > 0 and gains["coded"] != gains["int"] == opened.run.gain("4", "int")
+    drawn = [c for c in opened.run.candidates("4") if c.form == "coded"]
+    site = next(s for s in opened.sites if s.name == "4")
+    probe = form_named("coded").probe(site.shape, drawn)
+    (near,) = [c for c in drawn if c.setting == probe]
+    assert 2.4 < 8 * near.cost.stored / site.parameters < 3.6 and probe.stored is None
+    assert form_named("coded").probe(site.shape, []) is None
 
 
 def test_workers_of_the_engine_agree(quick: dict[str, Any], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -177,8 +178,9 @@ def probe_gains(run: Run, model: Model, site: Site, reference: Reference, forms:
     """
     found = run.get(f"gain/{site.name}", {"predicted": 0.0, "measured": 0.0, "gain": 1.0, "by_form": {}})
     metrics = site_metrics(run, site)
+    drawn = list(run.candidates(site.name))
     for name in dict.fromkeys(("int", *forms)):
-        probe = form_named(name).probe(site.shape)
+        probe = form_named(name).probe(site.shape, [_of_one(c, site.stack) for c in drawn if c.form == name])
         if name in found["by_form"] or probe is None or metrics[0].scale == 0:
             continue
         weights = site.matrices(model.module)
@@ -192,6 +194,12 @@ def probe_gains(run: Run, model: Model, site: Site, reference: Reference, forms:
         if name == "int":
             found |= {"predicted": predicted, "measured": measured, "gain": gain}
     run.put(f"gain/{site.name}", found)
+
+
+def _of_one(candidate: Candidate, count: int) -> Candidate:
+    """A candidate of a stack as that of its first matrix, at the mean cost."""
+    cost = Cost(candidate.cost.stored // count, candidate.cost.resident // count, candidate.cost.flops)
+    return replace(candidate, setting=settings_of(candidate.setting, count)[0], cost=cost)
 
 
 def _sum(costs: Sequence[Cost]) -> Cost:

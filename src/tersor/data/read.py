@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,25 @@ class Data:
             if values is not None:
                 return len(values)
         return 0
+
+    def sampled(self, count: int, seed: int, stretch: int = 0) -> Data:
+        """`count` rows from anywhere: the first ones of a sorted file stand only for themselves; batches stay.
+
+        With `stretch` all texts are kept, in any order, but those that follow each other stay together until they have
+        that many characters, and those of more than four times as many are cut.
+        """
+        generator = np.random.default_rng(seed)
+        if self.arrays is not None:
+            order = generator.permutation(len(self.arrays))[:count]
+            return replace(self, arrays=self.arrays[order], labels=None if self.labels is None else self.labels[order])
+        if self.texts is None:
+            return self
+        if stretch:
+            runs = _stretches(self.texts, stretch)
+            return replace(self, texts=[t for i in generator.permutation(len(runs)) for t in runs[i]], labels=None)
+        order = generator.permutation(len(self.texts))[:count]
+        labels = None if self.labels is None else self.labels[order]
+        return replace(self, texts=[self.texts[i] for i in order], labels=labels)
 
 
 def read_data(source: str | Path | Data | Sequence[Any], column: str | None = None) -> Data:
@@ -80,6 +99,20 @@ def read_pairs(source: str | Path) -> tuple[list[str], list[str], np.ndarray]:
     if len(rows) < 3:
         raise TersorError(f"The file of pairs {path} has {len(rows)} lines; a rank correlation needs at least 3.")
     return first, second, np.array(scores)
+
+
+def _stretches(texts: list[str], size: int) -> list[list[str]]:
+    """Texts in runs of at least `size` characters, none of them longer than four times that."""
+    runs: list[list[str]] = [[]]
+    held = 0
+    for text in texts:
+        for start in range(0, len(text), 4 * size):
+            if held >= size:
+                runs.append([])
+                held = 0
+            runs[-1].append(text[start : start + 4 * size])
+            held += len(runs[-1][-1])
+    return runs
 
 
 def _split_column(source: str) -> tuple[Path, str | None]:

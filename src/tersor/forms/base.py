@@ -118,8 +118,11 @@ class Form(Protocol):
 
     def setting(self, values: Mapping[str, Any]) -> Any: ...
 
-    def probe(self, shape: Shape) -> Any | None:
-        """The setting that is measured at a site to scale the predictions of this form; None borrows that of `int`."""
+    def probe(self, shape: Shape, curve: Sequence[Candidate]) -> Any | None:
+        """The setting that is measured at a site to scale the predictions of this form; None borrows that of `int`.
+
+        `curve` has what was drawn of the form there, which may be nothing.
+        """
         ...
 
     def empty(self, shape: Shape, setting: Any) -> Operator: ...

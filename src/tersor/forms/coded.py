@@ -10,7 +10,7 @@ best allocation. Entries that do not matter become zeros, which an entropy coder
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ SMOOTH = 1.5  # bits an entry above which a curve may be interpolated
 LARGE = 1 << 14  # entries of a weight whose curve may be interpolated
 SPARE = 1.002  # of an interpolated size, so that few fits come out larger
 COARSENINGS = 32  # steps tried before a promised size is given up
+PROBED = 3.0  # bits an entry of the probe
 BLOCK = 1 << 22  # entries that are decoded at a time where a product allows it
 
 
@@ -149,8 +150,11 @@ class CodedForm:
                 f"coded: a setting has step, trade, stored and resident, not {sorted(values)}."
             ) from error
 
-    def probe(self, shape: Shape) -> None:
-        return None
+    def probe(self, shape: Shape, curve: Sequence[Candidate]) -> CodedSetting | None:
+        """Of the settings drawn, the one nearest to `PROBED` bits an entry."""
+        bits = 8 / (shape[0] * shape[1])
+        near = min(curve, key=lambda c: abs(math.log(bits * c.cost.stored / PROBED)), default=None)
+        return None if near is None else CodedSetting(near.setting.step, near.setting.trade)  # type: ignore[attr-defined]
 
     def empty(self, shape: Shape, setting: CodedSetting) -> CodedOperator:
         return CodedOperator(shape, setting)

@@ -7,7 +7,7 @@ Groups lie along the columns, or along the rows (P435 Rethinking Channel Dimensi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ class IntForm:
     def setting(self, values: Mapping[str, Any]) -> IntSetting:
         return IntSetting(**values)
 
-    def probe(self, shape: Shape) -> IntSetting:
+    def probe(self, shape: Shape, curve: Sequence[Candidate]) -> IntSetting:
         return IntSetting(4, 64)
 
     def empty(self, shape: Shape, setting: IntSetting) -> IntOperator:

@@ -7,7 +7,7 @@ Factors are 16-bit floats or themselves integers, each rounded under the metric 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ class LowRankForm:
     def setting(self, values: Mapping[str, Any]) -> LowRankSetting:
         return LowRankSetting(**values)
 
-    def probe(self, shape: Shape) -> LowRankSetting:
+    def probe(self, shape: Shape, curve: Sequence[Candidate]) -> LowRankSetting:
         return LowRankSetting(max(1, min(shape) // 4), 4)
 
     def empty(self, shape: Shape, setting: LowRankSetting) -> ProductOperator:

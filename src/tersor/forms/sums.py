@@ -6,7 +6,7 @@ metric); with alternation it is P027 LQ-LoRA's decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class SumForm:
             self.first.setting(values["first"]), self.second.setting(values["second"]), values.get("alternations", 0)
         )
 
-    def probe(self, shape: Shape) -> None:
+    def probe(self, shape: Shape, curve: Sequence[Candidate]) -> None:
         return None
 
     def empty(self, shape: Shape, setting: SumSetting) -> SumOperator:

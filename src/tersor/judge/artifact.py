@@ -45,7 +45,7 @@ def judge_artifact(
     out = Path(out)
     plan = _plan_of(original, out)
     read = None if pairs is None else read_pairs(pairs)
-    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size))
+    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size, seed=0))
     new = adopt(original, out)
     known = walk(original.module).sites
     chosen = {c.site for c in plan.choices}
@@ -88,7 +88,7 @@ def judge_sites(
     """
     out = Path(out)
     plan = _plan_of(original, out)
-    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size))
+    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size, seed=0))
     built = adopt(original, out).module
     sites = {site.name: site for site in walk(original.module).sites}
     choices = [c for c in plan.choices if c.form != UNTOUCHED]

@@ -30,6 +30,7 @@ _HEADS = (
     ("ForSequenceClassification", "classifier"),
     ("ForTokenClassification", "token-classifier"),
 )
+CHARACTERS = 4  # that make a token, roughly
 _DEFAULT_DIVERGENCE = {"encoder": "cosine", "regressor": "mse"}
 
 
@@ -71,15 +72,21 @@ class HuggingFaceModel:
                 ) from error
         return self._tokenizer
 
-    def batches(self, data: Data, samples: int | None, sequence_length: int, batch_size: int) -> Sequence[Batch]:
+    def batches(
+        self, data: Data, samples: int | None, sequence_length: int, batch_size: int, seed: int | None = None
+    ) -> Sequence[Batch]:
         """Batches as dictionaries of tensors: packed windows for language models, padded texts for the others."""
         if data.batches is not None:
             return [self._given(batch) for batch in data.batches]
         if data.texts is None:
             raise TersorError(f"{data.source} holds arrays, but this {self.head} model reads text.")
-        if self.head in ("causal-lm", "seq2seq"):
-            return self._windows(data.texts, data.source, samples or 128, sequence_length, batch_size)
-        return self._padded(data, samples or 512, sequence_length, batch_size)
+        windows = self.head in ("causal-lm", "seq2seq")
+        samples = samples or (128 if windows else 512)
+        if seed is not None:
+            data = data.sampled(samples, seed, stretch=CHARACTERS * sequence_length if windows else 0)
+        if windows:
+            return self._windows(data, samples, sequence_length, batch_size)
+        return self._padded(data, samples, sequence_length, batch_size)
 
     def encode_texts(self, texts: list[str], sequence_length: int, batch_size: int) -> Sequence[Batch]:
         """All texts as padded batches, in order."""
@@ -130,18 +137,18 @@ class HuggingFaceModel:
         weights = mask[..., None].to(hidden)
         return (hidden * weights).sum(1) / weights.sum(1)
 
-    def _windows(self, texts: list[str], source: str, samples: int, length: int, batch_size: int) -> list[Batch]:
+    def _windows(self, data: Data, samples: int, length: int, batch_size: int) -> list[Batch]:
         """Texts joined, each opened by the tokenizer's first token, cut into windows without padding."""
         limit = getattr(self.module.config, "max_position_embeddings", None) or length
         length = min(length, limit)
         first = self.tokenizer.bos_token_id
         ids: list[int] = []
-        for text in texts:
+        for text in data.texts or []:
             ids += ([first] if first is not None else []) + self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) >= samples * length:
                 break
         if len(ids) < 2:
-            raise TersorError(f"{source} holds fewer than two tokens.")
+            raise TersorError(f"{data.source} holds fewer than two tokens.")
         length = min(length, len(ids))
         count = min(samples, len(ids) // length)
         windows = torch.tensor(ids[: count * length]).view(count, length)

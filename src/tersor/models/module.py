@@ -60,17 +60,21 @@ class ModuleModel:
     def device(self) -> torch.device:
         return device_of(self.module)
 
-    def batches(self, data: Data, samples: int | None, sequence_length: int, batch_size: int) -> Sequence[Batch]:
+    def batches(
+        self, data: Data, samples: int | None, sequence_length: int, batch_size: int, seed: int | None = None
+    ) -> Sequence[Batch]:
         if data.batches is not None:
             return [self._example(batch) for batch in data.batches]
         if data.arrays is None:
             raise TersorError(f"{data.source} holds text, but a module of its own takes arrays or batches.")
         count = min(samples or 512, len(data.arrays))
+        chosen = data if seed is None else data.sampled(count, seed)
+        assert chosen.arrays is not None
         out = []
         for start in range(0, count, batch_size):
             stop = min(start + batch_size, count)
-            labels = None if data.labels is None else torch.as_tensor(data.labels[start:stop])
-            out.append(Example((self.preprocess(data.arrays[start:stop]).to(self.device),), labels))
+            labels = None if chosen.labels is None else torch.as_tensor(chosen.labels[start:stop])
+            out.append(Example((self.preprocess(chosen.arrays[start:stop]).to(self.device),), labels))
         return out
 
     def _example(self, batch: Any) -> Example:

@@ -101,7 +101,7 @@ def compress(
     sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
     again = None
     if sequential:
-        again = list(opened.model.batches(data, options.get("samples"), *_shape(options)))
+        again = list(opened.model.batches(data, options.get("samples"), *_shape(options), options.get("seed", 0)))
     judged_by = None
     if held_out is not None:
         judged_by = copy.copy(opened.model)

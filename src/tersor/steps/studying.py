@@ -53,7 +53,7 @@ def study(
     """Observe the model on calibration data and draw the curves of all its sites.
 
     `metric` is one of `identity`, `diagonal`, `input`, `output`, `kronecker`; `input` needs no backward pass. Damping
-    is chosen and gains are measured on `check_data`, a quarter as many samples; without it, on one calibration batch
+    is chosen and gains are measured on `check_data`, half as many samples; without it, on one calibration batch
     in five, held back. `settings` replaces the ladder of a form, by its name, with settings as plain values. Raises
     TersorError for bad input.
     """
@@ -66,11 +66,12 @@ def study(
     checked = None if check_data is None else read_data(check_data)
     opened = open_study(model, run, **options)
     try:
-        batches = _batches(opened, calibration, samples, sequence_length, batch_size)
+        sizes = (sequence_length, batch_size, seed)
+        batches = _batches(opened, calibration, samples, *sizes)
         fit, check = _split(batches)
         if checked is not None:
             many = sum(int(opened.model.units(b).max()) + 1 for b in batches)
-            fit, check = batches, _batches(opened, checked, max(1, many // 4), sequence_length, batch_size)
+            fit, check = batches, _batches(opened, checked, max(1, many // 2), *sizes)
     except TersorError:
         if fresh:
             opened.run.discard()
@@ -134,8 +135,10 @@ def _ladders_key(settings: Ladders | None) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _batches(opened: Study, data: Data, samples: int | None, sequence_length: int, batch_size: int) -> list[Batch]:
-    batches = list(opened.model.batches(data, samples, sequence_length, batch_size))
+def _batches(
+    opened: Study, data: Data, samples: int | None, sequence_length: int, batch_size: int, seed: int
+) -> list[Batch]:
+    batches = list(opened.model.batches(data, samples, sequence_length, batch_size, seed))
     if not batches:
         raise TersorError(f"{data.source} gave no batch.")
     return batches
