@@ -45,7 +45,7 @@ def outputs(module: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("form", ["int", "coded", "lowrank"])
+@pytest.mark.parametrize("form", ["int", "coded", "trellis", "lowrank"])
 def test_round_trip(form: str, conv_net: Nets, images: Images, quick: dict[str, Any], tmp_path: Path) -> None:
     options = {**quick, "forms": (form,)} | ({"settings": {"lowrank": [{"rank": 8}]}} if form == "lowrank" else {})
     module, batches = conv_net(), images()

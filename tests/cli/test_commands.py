@@ -94,9 +94,12 @@ def test_front_and_plan_need_no_model(demo: Path, tersor: Callable[..., Any], mo
 
 def test_plan_is_built_by_name_to_the_byte(demo: Path, tersor: Callable[..., Any]) -> None:
     planned = json.loads(tersor("plan", "demo/small.run", "--budget", "14%", "--json").stdout)
-    result = tersor("build", "demo/small.run", "--plan", "14%", "--out", "demo/named")
+    result = tersor("build", "demo/small.run", "--plan", "14%", "--out", "demo/named", "--json")
     assert result.exit_code == 0, result.stderr
-    assert (demo / "demo/named/model.safetensors").stat().st_size == planned["stored_bytes"]
+    size = (demo / "demo/named/model.safetensors").stat().st_size
+    # where a coded size was interpolated the plan promises no more than it
+    assert 0.99 * planned["stored_bytes"] < size <= planned["stored_bytes"]
+    assert size == json.loads(result.stdout)["stored_bytes"]
 
 
 def test_forms_may_be_restricted(tersor: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,5 +155,5 @@ def test_texts_that_follow_each_other_stay_together() -> None:
     assert max(map(len, found)) == 36
     numbers = [int(t) for t in found if t.isdigit()]
     assert numbers != sorted(numbers) and sorted(numbers) == list(range(200))
-    follows = [b == a + 1 for a, b in zip(numbers, numbers[1:], strict=False)]
+    follows = [b == a + 1 for a, b in pairwise(numbers)]
     assert 0.6 < sum(follows) / len(follows) < 0.75  # in threes

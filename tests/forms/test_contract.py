@@ -45,18 +45,20 @@ def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
 
 
 def plain_integers(weight: Tensor, metric: Metric, setting: Any) -> Operator:
-    """Whole rows rounded to the nearest, with as many bits as the bytes of the coded fit allow; else nothing at all."""
-    allowed = form_named("coded").fit(weight, metric, setting).nbytes
+    """Whole rows rounded to the nearest, with as many bits as the bytes of the fit allow; else nothing at all."""
+    form = form_named("coded" if hasattr(setting, "step") else "trellis")
+    allowed = form.fit(weight, metric, setting).nbytes
     for bits in (8, 6, 5, 4, 3, 2):
         plain = IntForm().fit(weight, metric, IntSetting(bits, None, symmetric=True, rounding="nearest", search=False))
         if plain.nbytes <= allowed:
             return plain
-    return form_named("coded").fit(torch.zeros_like(weight), metric, setting)
+    return form.fit(torch.zeros_like(weight), metric, setting)
 
 
 NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "int": plain_rounding,
     "coded": plain_integers,
+    "trellis": plain_integers,
     "lowrank": plain_svd,
     "int+lowrank": first_term,
 }

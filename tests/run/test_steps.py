@@ -159,6 +159,15 @@ def test_memory_is_what_the_decoded_weights_take(quick: dict[str, Any], tmp_path
     assert 0.8 * plan.resident < resident_bytes(opened.model.module) <= plan.resident
 
 
+def test_a_memory_budget_draws_trellis_codes(quick: dict[str, Any], tmp_path: Path) -> None:
+    options = {**quick, "forms": None, "settings": None}
+    plain = compress(small_net(), batches(), "30%", tmp_path / "a", **options)
+    small = compress(small_net(), batches(), None, tmp_path / "b", memory_budget="30%", **options)
+    drawn = [{c.form for c in result.study.run.candidates("4")} for result in (plain, small)]
+    assert drawn[1] - drawn[0] == {"trellis"}
+    assert small.plan.resident <= 0.3 * small.study.stored_bytes
+
+
 def test_sequential_building_keeps_coded_sizes(quick: dict[str, Any], tmp_path: Path) -> None:
     options = {**quick, "forms": ("coded",), "settings": None}
     result = compress(small_net(), batches(), "3bits", tmp_path / "out", sequential=True, **options)

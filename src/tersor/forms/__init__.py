@@ -23,6 +23,7 @@ from tersor.forms.coded import CodedForm, CodedSetting
 from tersor.forms.integers import IntForm, IntSetting
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.sums import SumForm, SumSetting
+from tersor.forms.trellis import TrellisForm, TrellisSetting
 
 
 def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
@@ -33,8 +34,13 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
 
 
 FORMS: dict[str, Form] = {
-    form.name: form for form in (IntForm(), CodedForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections))
+    form.name: form
+    for form in (IntForm(), CodedForm(), TrellisForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections))
 }
+
+
+# What a study draws unless forms are named: trellis codes take longest, and are worth it where memory counts.
+USUAL = tuple(name for name in FORMS if name != "trellis")
 
 
 def form_named(name: str) -> Form:
@@ -47,6 +53,7 @@ def form_named(name: str) -> Form:
 
 __all__ = [
     "FORMS",
+    "USUAL",
     "Candidate",
     "CodedForm",
     "CodedSetting",
@@ -61,6 +68,8 @@ __all__ = [
     "Shape",
     "SumForm",
     "SumSetting",
+    "TrellisForm",
+    "TrellisSetting",
     "as_values",
     "cost_of",
     "form_named",

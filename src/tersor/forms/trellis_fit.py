@@ -1,0 +1,193 @@
+"""Coding a weight by a trellis: its rotated frame, how many bits every row and column asks for, and the walk itself.
+
+Rounding with feedback makes targets larger than the weight. So quick walks come first, in which every entry is rounded
+to a lattice that leaves what its bits would: they show how large targets get, and what the error will be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.coding.trellis import REMAINS, WINDOW, Side, Trellis, fine_rates, rates_of, values
+from tersor.forms.rotation import rotatable, rotate, turned_back
+from tersor.forms.trellis_read import LEVELS, shrink, sides_of
+from tersor.metrics import Metric
+from tersor.metrics import Side as MetricSide
+
+WALKS = 3  # quick ones, after which targets hardly change
+DAMPED = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal
+OVERLOADED = 4.0  # times the error of a quick walk, from which on a search is repeated under a more damped metric
+RATES_DEEP, SCALES_DEEP = 8.0, 10.0  # octaves below the largest at which logarithms end
+ROUNDS = 4  # of fitting the scales of rows and columns to each other
+SPARE = 2  # bytes that may be read behind the last bit
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A weight as it is coded, rotated or not, with the factors of its metric there."""
+
+    weight: Array
+    metric: Metric
+    rotated: tuple[bool, bool]
+    turned: tuple[Array, Array]  # the transposed unit lower factors, empty where they are the identity
+    pivots: tuple[Array, Array]
+
+    @property
+    def free_rows(self) -> bool:
+        """Whether rows do not feel one another."""
+        return self.turned[0].size == 0
+
+    @classmethod
+    def of(cls, weight: Tensor, metric: Metric, turn: bool) -> Frame:
+        matrix = weight.detach().float().cpu()
+        sides, rotated = [metric.rows, metric.columns], [False, False]
+        for k in range(2):
+            if turn and not sides[k].is_diagonal and rotatable(sides[k].size):
+                matrix = rotate(matrix) if k else rotate(matrix.T).T
+                moment = sides[k].moment.double().cpu()
+                sides[k], rotated[k] = MetricSide(rotate(rotate(moment).T)), True
+        turned, pivots = [], []
+        for side in sides:
+            lower, pivot = side.unit_lower
+            turned.append(np.zeros((0, 0), np.float32) if lower is None else _transposed(lower))
+            pivots.append(pivot.cpu().numpy())
+        judged = Metric(metric.kind, sides[0], sides[1], metric.scale)
+        matrix = matrix.contiguous()
+        return cls(matrix.numpy(), judged, tuple(rotated), tuple(turned), tuple(pivots))  # type: ignore[arg-type]
+
+    def walk(self, targets: Array, bits: float, quick: bool = False) -> _Coding:
+        """One walk; `targets` say how large what is rounded will be. A quick one has errors, but no bits."""
+        from tersor.forms import trellis_kernels as kernels
+
+        shape = (self.weight.shape[0], self.weight.shape[1])
+        scales = _scales(targets)
+        rates = [0.5 * np.log2(np.maximum(p * s * s, 1e-300)) for p, s in zip(self.pivots, scales, strict=True)]
+        row_scales, column_scales = (Side.of(np.log2(s), SCALES_DEEP) for s in scales)
+        row_rates, column_rates = (Side.of(r, RATES_DEEP) for r in rates)
+        total = int(bits * shape[0] * shape[1]) if self.weight.any() else 0
+        column_rates = _levelled(row_rates, column_rates, total)
+        code = np.zeros(code_bytes(shape, bits) + SPARE, np.uint8)
+        trellis = Trellis(
+            shape, self.free_rows, self.rotated, row_rates, column_rates, row_scales, column_scales, code[:-SPARE]
+        )
+        table = np.zeros(0, np.float32) if quick else values()
+        factors = np.sqrt(12 * np.asarray(REMAINS, dtype=np.float32)) if quick else shrink()
+        wanted, error = np.empty_like(self.weight), np.zeros_like(self.weight)
+        made = (sides_of(trellis), factors, table, wanted, error, code)
+        turned_o, turned_i = self.turned
+        if self.free_rows:
+            order = np.argsort(row_rates.codes, kind="stable")
+            kernels.walk_columns(self.weight, turned_i, turned_i.size > 0, order, *made)
+        else:
+            turned_i = turned_i if turned_i.size else np.eye(shape[1], dtype=np.float32)
+            kernels.walk_diagonals(self.weight, turned_o, turned_i, *made)
+        return _Coding(wanted, error, trellis)
+
+    def turned_back(self, matrix: Array) -> Tensor:
+        """A matrix as it is coded, in the order and basis of the weight."""
+        return turned_back(torch.from_numpy(matrix), *self.rotated)
+
+
+@dataclass(frozen=True)
+class _Coding:
+    """What coding a weight gave: the targets as they were when rounded, the error, and the code."""
+
+    targets: Array
+    error: Array
+    trellis: Trellis
+
+
+class Coder:
+    """A weight at any number of bits, each time in the frame of the damping that is best there.
+
+    Feedback moves the error to where the metric is small; with few bits it pays to do less of that. Also states have a
+    largest value, and a target beyond it may set off others: where a search leaves much more than a quick walk says,
+    more damping is tried.
+    """
+
+    def __init__(self, weight: Tensor, metric: Metric, turn: bool) -> None:
+        self.weight, self.metric, self.turn = weight, metric, turn
+        self._frames: dict[float, Frame] = {}
+        self._targets: dict[float, Array] = {}
+
+    def expected(self, bits: float) -> tuple[float, float]:
+        """The divergence of a quick walk at `bits` an entry, and the damping that is best for it."""
+        best = (math.inf, 0.0)
+        for damping in DAMPED:
+            found = self._quick(bits, damping)
+            if found >= best[0]:
+                break
+            best = (found, damping)
+        return best
+
+    def coded(self, bits: float) -> tuple[float, Trellis]:
+        """The divergence and the code at `bits` an entry."""
+        expected, damping = self.expected(bits)
+        kept: tuple[float, Trellis] | None = None
+        for more in DAMPED[DAMPED.index(damping) :]:
+            if kept is not None:
+                expected = self._quick(bits, more)
+            frame = self._frames[more]
+            full = frame.walk(self._targets[more], bits)
+            found = self.metric.distance(frame.turned_back(full.error))
+            if kept is None or found < kept[0]:
+                kept = (found, full.trellis)
+            if kept[0] <= OVERLOADED * expected:
+                break
+        assert kept is not None
+        return kept
+
+    def _quick(self, bits: float, damping: float) -> float:
+        """The divergence of a quick walk; what it shows of targets is where the next one begins."""
+        if damping not in self._frames:
+            amounts = (0.0 if side.is_diagonal else damping for side in (self.metric.rows, self.metric.columns))
+            frame = self._frames[damping] = Frame.of(self.weight, self.metric.damped(*amounts), self.turn)
+            self._targets[damping] = frame.weight
+        frame = self._frames[damping]
+        for _ in range(WALKS):
+            walk = frame.walk(self._targets[damping], bits, quick=True)
+            self._targets[damping] = walk.targets
+        return self.metric.distance(frame.turned_back(walk.error))
+
+
+def code_bytes(shape: tuple[int, int], bits: float) -> int:
+    """Bytes for the first state and `bits` an entry."""
+    return -(-(WINDOW + int(bits * shape[0] * shape[1])) // 8)
+
+
+def _transposed(lower: Tensor) -> Array:
+    return np.ascontiguousarray(lower.cpu().numpy().T, dtype=np.float32)
+
+
+def _scales(targets: Array) -> tuple[Array, Array]:
+    """Factors of rows and columns whose product is the size of the targets, in the mean of squares."""
+    squares = targets.astype(np.float64) ** 2 + 1e-60
+    rows, columns = np.ones(len(squares)), np.ones(squares.shape[1])
+    for _ in range(ROUNDS):
+        rows = squares @ (1 / columns) / len(columns)
+        columns = (1 / rows) @ squares / len(rows)
+    return np.sqrt(rows), np.sqrt(columns)
+
+
+def _levelled(rows: Side, columns: Side, total: int) -> Side:
+    """The rates of the columns, all moved alike so that the entries take as many bits as `total` allows."""
+    counts = np.bincount(rows.codes, minlength=LEVELS)
+    known = counts.nonzero()[0]
+    of_rows = rows.base + rows.step * known
+
+    def taken(base: int) -> int:
+        fine = fine_rates(base + columns.step * columns.codes.astype(np.int32))
+        return int(counts[known] @ rates_of(of_rows, fine).sum(1, dtype=np.int64))
+
+    low, high = -(1 << 15), (1 << 15) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if taken(middle) <= total else (low, middle - 1)
+    return Side(low, columns.step, columns.codes)

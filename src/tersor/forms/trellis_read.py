@@ -1,0 +1,159 @@
+"""Reading a trellis-coded matrix where it lies in memory: whole, or row by row where rows are free.
+
+On a CPU compiled loops read it, elsewhere tensor operations, with the same result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor.coding.trellis import MOST_BITS, REMAINS, SIDE_BITS, UNIT, WINDOW, Trellis, rates_of, values
+
+LEVELS = 1 << SIDE_BITS
+BLOCK = 1 << 20  # entries that are read at a time by tensor operations
+Array = np.ndarray[Any, Any]
+
+
+def sides_of(trellis: Trellis) -> tuple[Array, Array, Array, Array]:
+    """The rates of rows (1/64 bits) and columns (1/4096 bits), int32, and the scales of both, float32."""
+    scales = (np.exp2(side.values / UNIT).astype(np.float32) for side in (trellis.row_scales, trellis.column_scales))
+    return (trellis.row_rates.values.astype(np.int32), trellis.fine_columns, *scales)  # type: ignore[return-value]
+
+
+@cache
+def shrink() -> Array:
+    """What values are multiplied by at every rate (7,): the best code of a Gaussian has less variance than it."""
+    found: Array = np.sqrt(1 - np.asarray(REMAINS)).astype(np.float32)
+    return found
+
+
+def reader_bytes(shape: tuple[int, int], free_rows: bool) -> int:
+    """Bytes in memory of a reader, beside the stream."""
+    rows, columns = shape
+    return 2 * (rows + columns) + (8 * LEVELS * columns + 4 * rows if free_rows else 0)
+
+
+def parsed(stream: Tensor, shape: tuple[int, int]) -> Trellis:
+    """The trellis of a stream; raises TersorError where it is damaged."""
+    return Trellis.from_bytes(stream.numpy().tobytes(), shape)
+
+
+class Reader:
+    """A trellis ready to be read: the logarithms of its sides, and where the rows of a level begin if they are free.
+
+    Sides are expanded when they are read: they are small beside the matrix, but not beside its bits.
+    """
+
+    def __init__(self, trellis: Trellis, stream: Tensor) -> None:
+        """`stream` is what the trellis was read from; its bits are not copied."""
+        self.trellis = replace(trellis, bits=np.zeros(0, np.uint8))
+        end = len(stream) - 4
+        self.bits = stream[end - len(trellis.bits) :]
+        none = np.zeros((0, 0), np.int64), np.zeros(0, np.int32)
+        begins, rank = _begins_and_rank(trellis) if trellis.free_rows else none
+        self.begins, self.rank = (torch.from_numpy(a).to(stream.device) for a in (begins, rank))
+
+    def rows(self, index: Tensor | None = None) -> Tensor:
+        """The matrix as it was coded, or its rows at `index` (n,) where rows are free, in float32."""
+        if self.bits.device.type != "cpu":
+            return self._with_tensors(index)
+        from tersor.forms import trellis_kernels as kernels
+
+        trellis, factors, table = self.trellis, shrink(), values()
+        count = trellis.shape[0] if index is None else len(index)
+        out = np.empty((count, trellis.shape[1]), np.float32)
+        if trellis.free_rows:
+            chosen = np.arange(count) if index is None else index.numpy()
+            where = (trellis.row_rates.codes, self.rank.numpy(), self.begins.numpy())
+            kernels.read_rows(self.bits.numpy(), chosen, *where, sides_of(trellis), factors, table, out)
+        else:
+            kernels.read_diagonals(self.bits.numpy(), sides_of(trellis), factors, table, out)
+        return torch.from_numpy(out)
+
+    def _with_tensors(self, index: Tensor | None) -> Tensor:
+        """The same by tensor operations, on any device."""
+        device = self.bits.device
+        made = _Tensors(self.bits, *(torch.from_numpy(side).to(device) for side in sides_of(self.trellis)))
+        if not self.trellis.free_rows:
+            return made.diagonals()
+        rows, columns = self.trellis.shape
+        level = torch.from_numpy(self.trellis.row_rates.codes).to(device).long()
+        chosen = torch.arange(rows, device=device) if index is None else index.long()
+        parts = []
+        for part in chosen.split(max(1, BLOCK // columns)):
+            rates = made.rates(part[:, None], made.every_column)
+            states = made.states(self.begins[level[part]] + (self.rank[part][:, None] + 1) * rates)
+            parts.append(made.values(part[:, None], made.every_column, rates, states))
+        return torch.cat(parts) if parts else torch.zeros(0, columns, device=device)
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """The bits and the sides of a trellis on the device on which they are read."""
+
+    bits: Tensor
+    row_rates: Tensor
+    fine_columns: Tensor
+    row_scales: Tensor
+    column_scales: Tensor
+
+    @property
+    def every_column(self) -> Tensor:
+        return torch.arange(len(self.fine_columns), device=self.bits.device)[None]
+
+    def diagonals(self) -> Tensor:
+        rows, columns = len(self.row_rates), len(self.fine_columns)
+        every_row = torch.arange(rows, device=self.bits.device)[None]
+        blocks = torch.arange(rows + columns - 2, -1, -1, device=self.bits.device).split(max(1, BLOCK // rows))
+        out, at = torch.zeros(rows, columns, device=self.bits.device), WINDOW
+        for diagonals in blocks:
+            column = diagonals[:, None] - every_row
+            inside = (column >= 0) & (column < columns)
+            column = column.clamp(0, columns - 1)
+            rates = self.rates(every_row, column) * inside
+            so_far, taken = rates.cumsum(1), rates.sum(1, keepdim=True)
+            end = at + taken.cumsum(0)
+            states = self.states(end - taken + so_far)
+            ring = (taken >= WINDOW) & (inside.sum(1, keepdim=True) > 1) & (so_far < WINDOW)
+            behind = self.states(end) << so_far.clamp_max(WINDOW)
+            new = states & ((1 << so_far.clamp_max(WINDOW)) - 1)
+            states = torch.where(ring, (behind | new) & ((1 << WINDOW) - 1), states)
+            found = self.values(every_row, column, rates, states) * inside
+            out.index_put_((every_row.expand_as(column), column), found, accumulate=True)
+            at = end[-1]
+        return out
+
+    def rates(self, row: Tensor, column: Tensor) -> Tensor:
+        total = self.row_rates[row].long() * UNIT + self.fine_columns[column] + UNIT * UNIT // 2
+        return (total >> 12).clamp(0, MOST_BITS)
+
+    def states(self, ends: Tensor) -> Tensor:
+        begin = ends - WINDOW
+        byte = begin >> 3
+        word = sum((self.bits[byte + k].long() << (16 - 8 * k) for k in range(3)), torch.zeros_like(begin))
+        return (word >> (24 - WINDOW - (begin & 7))) & ((1 << WINDOW) - 1)
+
+    def values(self, row: Tensor, column: Tensor, rates: Tensor, states: Tensor) -> Tensor:
+        table, factors = (torch.from_numpy(a).to(self.bits.device) for a in (values(), shrink()))
+        return table[states] * (self.row_scales[row] * self.column_scales[column] * factors[rates])
+
+
+def _begins_and_rank(trellis: Trellis) -> tuple[Array, Array]:
+    """Where the rows of a level begin in every column (levels, columns), and the rank of rows in their level."""
+    side = trellis.row_rates
+    counts = np.bincount(side.codes, minlength=LEVELS)
+    rates = rates_of(side.base + side.step * np.arange(LEVELS), trellis.fine_columns).astype(np.int64)
+    taken = counts[:, None] * rates
+    of_columns = taken.sum(0)
+    columns_after = np.concatenate([np.cumsum(of_columns[::-1])[::-1][1:], [0]])
+    begins = WINDOW + columns_after + np.cumsum(taken, 0) - taken
+    order = np.argsort(side.codes, kind="stable")
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order)) - (np.cumsum(counts) - counts)[side.codes[order]]
+    return begins, rank
