@@ -93,7 +93,7 @@ class Trellis:
         at = HEADER.size
         sides: list[Side] = []
         for size, base, step in zip((rows, columns) * 2, numbers[::2], numbers[1::2], strict=True):
-            width = _side_bytes(size)
+            width = side_bytes(size)
             sides.append(Side(base, step, _unpack_side(stream[at : at + width], size)))
             at += width
         bits = np.frombuffer(stream, np.uint8, len(stream) - 4 - at, at) if at < len(stream) - 4 else np.zeros(0, "u1")
@@ -124,14 +124,19 @@ def rates_of(rows: Array, fine: Array) -> Array:
 
 def fine_rates(columns: Array) -> Array:
     """Rates of columns (n,) in 1/64 bits as such in 1/4096 bits, each raised by up to a quarter of a bit."""
-    spread = np.arange(len(columns), dtype=np.int64) * 40503 % (16 * UNIT)
-    fine: Array = (columns * UNIT + spread).astype(np.int32)
+    fine: Array = columns.astype(np.int32) * UNIT + spread(len(columns))
     return fine
+
+
+def spread(columns: int) -> Array:
+    """What is added to the rates of columns (columns,), int32: up to a quarter of a bit, in 1/4096."""
+    found: Array = (np.arange(columns, dtype=np.int64) * 40503 % (16 * UNIT)).astype(np.int32)
+    return found
 
 
 def stored_bytes(shape: tuple[int, int], code_bytes: int) -> int:
     """Bytes of a stream whose codes take `code_bytes`."""
-    return HEADER.size + 2 * (_side_bytes(shape[0]) + _side_bytes(shape[1])) + code_bytes + 4
+    return HEADER.size + 2 * (side_bytes(shape[0]) + side_bytes(shape[1])) + code_bytes + 4
 
 
 @cache
@@ -158,7 +163,8 @@ def _shuffled(count: int) -> Array:
     return order
 
 
-def _side_bytes(size: int) -> int:
+def side_bytes(size: int) -> int:
+    """Bytes of the codes of a side of `size` logarithms."""
     return -(-size * SIDE_BITS // 8)
 
 

@@ -67,7 +67,7 @@ class TrellisOperator(Operator):
 
     @property
     def resident(self) -> int:
-        return self.nbytes + reader_bytes(self.shape, self.setting.free_rows)
+        return self.nbytes + reader_bytes(self.shape, self.nbytes, self.setting.free_rows)
 
     def unready(self) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
         if self._reader is not None and self._source is self.stream:
@@ -93,7 +93,7 @@ class TrellisOperator(Operator):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(self, index: Tensor | None = None) -> tuple[Tensor, bool, bool]:
         """The matrix as it was coded, or some of its rows, and whether its rows and columns are rotated."""
-        return self.reader.rows(index), *self.reader.trellis.rotated
+        return self.reader.rows(index), *self.reader.rotated
 
     def decode(self) -> Tensor:
         matrix, *rotated = self.read()

@@ -6,15 +6,17 @@ low six bits say which one that was, so that one minimum finds both; everything 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 
-from tersor.coding.trellis import MOST_BITS, WINDOW
+from tersor.coding.trellis import HEADER, MOST_BITS, SIDE_BITS, UNIT, WINDOW
 
 Array = np.ndarray[Any, Any]
+HEAD = HEADER.size
 LOW = np.int32(63)  # the bits of a cost that say where it comes from
 SCALE = np.float32(1024.0)  # of a value in costs: its square is 2^20
 FAR = np.float32(5.0)  # beyond which a target is as good as there
@@ -239,15 +241,60 @@ def _state(bits: Array, end: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def read_diagonals(
-    bits: Array, sides: tuple[Array, Array, Array, Array], shrink: Array, table: Array, out: Array
-) -> None:
-    """The matrix (rows, columns) of what `walk_diagonals` wrote; `bits` has two bytes to spare.
+def _code(packed: Array, number: int) -> int:
+    """The code of a row or column among those of its side."""
+    at = number * SIDE_BITS
+    word = int(packed[at >> 3]) << 8
+    if (at & 7) + SIDE_BITS > 8:
+        word |= int(packed[(at >> 3) + 1])
+    return (word >> (16 - SIDE_BITS - (at & 7))) & ((1 << SIDE_BITS) - 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _side(packed: Array, size: int, base: int, step: int) -> Array:
+    """The logarithms of a side (size,)."""
+    logs = np.empty(size, np.int64)
+    for k in range(size):
+        logs[k] = base + step * _code(packed, k)
+    return logs
+
+
+@numba.njit(cache=True, nogil=True)
+def _scale(log: int, fractions: Array) -> Any:
+    return np.float32(math.ldexp(fractions[log & (UNIT - 1)], log >> 6))
+
+
+@numba.njit(cache=True, nogil=True)
+def _opened(stream: Array, rows: int, columns: int, numbers: Array, fractions: Array) -> Any:
+    """The rates and scales of the columns, and what is left of the stream: the codes of rows for both, and the bits."""
+    of_rows, of_columns = (rows * SIDE_BITS + 7) >> 3, (columns * SIDE_BITS + 7) >> 3
+    at = HEAD
+    row_rates = stream[at : at + of_rows]
+    fine = _side(stream[at + of_rows : at + of_rows + of_columns], columns, numbers[1, 0], numbers[1, 1])
+    for j in range(columns):
+        fine[j] = fine[j] * UNIT + (j * 40503) % (16 * UNIT)
+    at += of_rows + of_columns
+    row_scales = stream[at : at + of_rows]
+    logs = _side(stream[at + of_rows : at + of_rows + of_columns], columns, numbers[3, 0], numbers[3, 1])
+    scales = np.empty(columns, np.float32)
+    for j in range(columns):
+        scales[j] = _scale(logs[j], fractions)
+    return fine, scales, row_rates, row_scales, stream[at + of_rows + of_columns :]
+
+
+@numba.njit(cache=True, nogil=True)
+def read_diagonals(stream: Array, numbers: Array, fractions: Array, shrink: Array, table: Array, out: Array) -> None:
+    """The matrix (rows, columns) of what `walk_diagonals` wrote; `numbers` are base and step of the four sides.
 
     A diagonal of a window of bits or more is a ring: it begins in the state it ends in.
     """
     rows, columns = out.shape
-    row_rates, fine, row_scales, column_scales = sides
+    fine, column_scales, rate_codes, scale_codes, bits = _opened(stream, rows, columns, numbers, fractions)
+    row_rates = _side(rate_codes, rows, numbers[0, 0], numbers[0, 1])
+    logs = _side(scale_codes, rows, numbers[2, 0], numbers[2, 1])
+    row_scales = np.empty(rows, np.float32)
+    for i in range(rows):
+        row_scales[i] = _scale(logs[i], fractions)
     at, state = WINDOW, 0
     for diagonal in range(rows + columns - 2, -1, -1):
         first, last = max(0, diagonal - columns + 1), min(rows - 1, diagonal)
@@ -272,17 +319,21 @@ def read_diagonals(
 
 @numba.njit(cache=True, nogil=True)
 def read_rows(
-    bits: Array, index: Array, level: Array, rank: Array, starts: Array, sides: tuple[Array, Array, Array, Array],
-    shrink: Array, table: Array, out: Array,
+    index: Array, rank: Array, begins: Array, stream: Array, numbers: Array, fractions: Array, shrink: Array,
+    table: Array, out: Array,
 ) -> None:  # fmt: skip
-    """The rows at `index` of what `walk_columns` wrote: `starts` (levels, columns) say where rows of a rate begin."""
-    row_rates, fine, row_scales, column_scales = sides
+    """The rows at `index` of what `walk_columns` wrote: `begins` (levels, columns) say where rows of a code begin."""
+    rows, columns = len(rank), out.shape[1]
+    fine, column_scales, rate_codes, scale_codes, bits = _opened(stream, rows, columns, numbers, fractions)
     for n in range(len(index)):
         i = index[n]
-        for j in range(out.shape[1]):
-            rate = _rate(row_rates[i], fine[j])
+        level = _code(rate_codes, i)
+        row_rate = numbers[0, 0] + numbers[0, 1] * level
+        row_scale = _scale(numbers[2, 0] + numbers[2, 1] * _code(scale_codes, i), fractions)
+        for j in range(columns):
+            rate = _rate(row_rate, fine[j])
             value = np.float32(0)
             if rate > 0:
-                state = _state(bits, starts[level[i], j] + (rank[i] + 1) * rate)
-                value = table[state] * (row_scales[i] * column_scales[j] * shrink[rate])
+                state = _state(bits, begins[level, j] + (rank[i] + 1) * rate)
+                value = table[state] * (row_scale * column_scales[j] * shrink[rate])
             out[n, j] = value

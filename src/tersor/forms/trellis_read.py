@@ -5,7 +5,7 @@ On a CPU compiled loops read it, elsewhere tensor operations, with the same resu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.coding.trellis import MOST_BITS, REMAINS, SIDE_BITS, UNIT, WINDOW, Trellis, rates_of, values
+from tersor.coding.trellis import (
+    HEADER,
+    MOST_BITS,
+    REMAINS,
+    SIDE_BITS,
+    UNIT,
+    WINDOW,
+    Trellis,
+    rates_of,
+    side_bytes,
+    spread,
+    values,
+)
 
 LEVELS = 1 << SIDE_BITS
 BLOCK = 1 << 20  # entries that are read at a time by tensor operations
@@ -22,8 +34,21 @@ Array = np.ndarray[Any, Any]
 
 def sides_of(trellis: Trellis) -> tuple[Array, Array, Array, Array]:
     """The rates of rows (1/64 bits) and columns (1/4096 bits), int32, and the scales of both, float32."""
-    scales = (np.exp2(side.values / UNIT).astype(np.float32) for side in (trellis.row_scales, trellis.column_scales))
-    return (trellis.row_rates.values.astype(np.int32), trellis.fine_columns, *scales)  # type: ignore[return-value]
+    scales = (scales_of(side.values) for side in (trellis.row_scales, trellis.column_scales))
+    return (trellis.row_rates.values, trellis.fine_columns, *scales)  # type: ignore[return-value]
+
+
+def scales_of(logs: Array) -> Array:
+    """2^(logs / 64) in float32, made so that every way of reading has the same bits."""
+    found: Array = np.ldexp(fractions()[logs % UNIT], logs // UNIT)
+    return found
+
+
+@cache
+def fractions() -> Array:
+    """2^(k / 64) for k from 0 to 63, float32."""
+    found: Array = np.exp2(np.arange(UNIT) / UNIT).astype(np.float32)
+    return found
 
 
 @cache
@@ -33,10 +58,9 @@ def shrink() -> Array:
     return found
 
 
-def reader_bytes(shape: tuple[int, int], free_rows: bool) -> int:
-    """Bytes in memory of a reader, beside the stream."""
-    rows, columns = shape
-    return 2 * (rows + columns) + (8 * LEVELS * columns + 4 * rows if free_rows else 0)
+def reader_bytes(shape: tuple[int, int], stored: int, free_rows: bool) -> int:
+    """Bytes in memory of a reader, beside a stream of `stored` bytes."""
+    return shape[1] * LEVELS * _bit_type(stored).itemsize + 4 * shape[0] if free_rows else 0
 
 
 def parsed(stream: Tensor, shape: tuple[int, int]) -> Trellis:
@@ -45,50 +69,52 @@ def parsed(stream: Tensor, shape: tuple[int, int]) -> Trellis:
 
 
 class Reader:
-    """A trellis ready to be read: the logarithms of its sides, and where the rows of a level begin if they are free.
+    """A stream ready to be read: its header, and where the rows of a level begin if they are free.
 
     Sides are expanded when they are read: they are small beside the matrix, but not beside its bits.
     """
 
     def __init__(self, trellis: Trellis, stream: Tensor) -> None:
-        """`stream` is what the trellis was read from; its bits are not copied."""
-        self.trellis = replace(trellis, bits=np.zeros(0, np.uint8))
-        end = len(stream) - 4
-        self.bits = stream[end - len(trellis.bits) :]
-        none = np.zeros((0, 0), np.int64), np.zeros(0, np.int32)
-        begins, rank = _begins_and_rank(trellis) if trellis.free_rows else none
+        """`trellis` is what `stream` holds."""
+        self.shape, self.free_rows, self.rotated = trellis.shape, trellis.free_rows, trellis.rotated
+        self.stream = stream
+        sides = (trellis.row_rates, trellis.column_rates, trellis.row_scales, trellis.column_scales)
+        self.numbers = np.array([(side.base, side.step) for side in sides], np.int64)
+        if trellis.free_rows:
+            begins, rank = _begins_and_rank(trellis, _bit_type(len(stream)))
+        else:
+            begins, rank = np.zeros((0, 0), np.int32), np.zeros(0, np.int32)
         self.begins, self.rank = (torch.from_numpy(a).to(stream.device) for a in (begins, rank))
 
     def rows(self, index: Tensor | None = None) -> Tensor:
         """The matrix as it was coded, or its rows at `index` (n,) where rows are free, in float32."""
-        if self.bits.device.type != "cpu":
+        if self.stream.device.type != "cpu":
             return self._with_tensors(index)
         from tersor.forms import trellis_kernels as kernels
 
-        trellis, factors, table = self.trellis, shrink(), values()
-        count = trellis.shape[0] if index is None else len(index)
-        out = np.empty((count, trellis.shape[1]), np.float32)
-        if trellis.free_rows:
+        count = self.shape[0] if index is None else len(index)
+        out = np.empty((count, self.shape[1]), np.float32)
+        fixed = (self.stream.numpy(), self.numbers, fractions(), shrink(), values(), out)
+        if self.free_rows:
             chosen = np.arange(count) if index is None else index.numpy()
-            where = (trellis.row_rates.codes, self.rank.numpy(), self.begins.numpy())
-            kernels.read_rows(self.bits.numpy(), chosen, *where, sides_of(trellis), factors, table, out)
+            kernels.read_rows(chosen, self.rank.numpy(), self.begins.numpy(), *fixed)
         else:
-            kernels.read_diagonals(self.bits.numpy(), sides_of(trellis), factors, table, out)
+            kernels.read_diagonals(*fixed)
         return torch.from_numpy(out)
 
     def _with_tensors(self, index: Tensor | None) -> Tensor:
         """The same by tensor operations, on any device."""
-        device = self.bits.device
-        made = _Tensors(self.bits, *(torch.from_numpy(side).to(device) for side in sides_of(self.trellis)))
-        if not self.trellis.free_rows:
+        made = _Tensors.of(self.stream, self.shape, self.numbers)
+        if not self.free_rows:
             return made.diagonals()
-        rows, columns = self.trellis.shape
-        level = torch.from_numpy(self.trellis.row_rates.codes).to(device).long()
+        rows, columns = self.shape
+        device = self.stream.device
         chosen = torch.arange(rows, device=device) if index is None else index.long()
         parts = []
         for part in chosen.split(max(1, BLOCK // columns)):
             rates = made.rates(part[:, None], made.every_column)
-            states = made.states(self.begins[level[part]] + (self.rank[part][:, None] + 1) * rates)
+            begins = self.begins[made.row_codes[part]].long()
+            states = made.states(begins + (self.rank[part].long()[:, None] + 1) * rates)
             parts.append(made.values(part[:, None], made.every_column, rates, states))
         return torch.cat(parts) if parts else torch.zeros(0, columns, device=device)
 
@@ -98,10 +124,26 @@ class _Tensors:
     """The bits and the sides of a trellis on the device on which they are read."""
 
     bits: Tensor
+    row_codes: Tensor
     row_rates: Tensor
     fine_columns: Tensor
     row_scales: Tensor
     column_scales: Tensor
+
+    @classmethod
+    def of(cls, stream: Tensor, shape: tuple[int, int], numbers: Array) -> _Tensors:
+        at, codes = HEADER.size, []
+        for size in shape * 2:
+            packed = stream[at : at + side_bytes(size)]
+            bits = (packed[:, None] >> torch.arange(7, -1, -1, device=stream.device)) & 1
+            bits = bits.reshape(-1)[: size * SIDE_BITS].reshape(size, SIDE_BITS)
+            codes.append((bits.long() << torch.arange(SIDE_BITS - 1, -1, -1, device=stream.device)).sum(1))
+            at += side_bytes(size)
+        logs = [base + step * side for (base, step), side in zip(numbers.tolist(), codes, strict=True)]
+        fine = torch.from_numpy(spread(shape[1])).to(stream.device) + logs[1] * UNIT
+        known = torch.from_numpy(fractions()).to(stream.device)
+        scales = [torch.ldexp(known[side % UNIT], side.div(UNIT, rounding_mode="floor")) for side in logs[2:]]
+        return cls(stream[at:], codes[0], logs[0], fine, *scales)
 
     @property
     def every_column(self) -> Tensor:
@@ -144,7 +186,12 @@ class _Tensors:
         return table[states] * (self.row_scales[row] * self.column_scales[column] * factors[rates])
 
 
-def _begins_and_rank(trellis: Trellis) -> tuple[Array, Array]:
+def _bit_type(stored: int) -> np.dtype[Any]:
+    """What the number of a bit in a stream fits into."""
+    return np.dtype(np.int32 if 8 * stored < 1 << 31 else np.int64)
+
+
+def _begins_and_rank(trellis: Trellis, bit_type: np.dtype[Any]) -> tuple[Array, Array]:
     """Where the rows of a level begin in every column (levels, columns), and the rank of rows in their level."""
     side = trellis.row_rates
     counts = np.bincount(side.codes, minlength=LEVELS)
@@ -156,4 +203,4 @@ def _begins_and_rank(trellis: Trellis) -> tuple[Array, Array]:
     order = np.argsort(side.codes, kind="stable")
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order)) - (np.cumsum(counts) - counts)[side.codes[order]]
-    return begins, rank
+    return begins.astype(bit_type), rank
