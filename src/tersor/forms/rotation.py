@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 ODD = 512  # the largest odd part of a size that is transformed
+SMALL = 128  # the size up to which a transform is one product
 
 
 @cache
@@ -64,12 +65,22 @@ def turned_back(matrix: Tensor, of_rows: bool, of_columns: bool) -> Tensor:
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """The orthogonal Walsh-Hadamard transform of the last dimension, a power of two; it is its own inverse."""
-    shape, size = x.shape, x.shape[-1]
-    half = 1
-    while half < size:
-        x = x.reshape(*shape[:-1], size // (2 * half), 2, half)
-        a, b = x[..., 0, :], x[..., 1, :]
-        x = torch.stack([a + b, a - b], -2)
-        half *= 2
-    return x.reshape(shape) / math.sqrt(size)
+    """The orthogonal Walsh-Hadamard transform of the last dimension, a power of two; it is its own inverse.
+
+    As products with small matrices: the transform of size `a b` is that of size `b` and that of size `a` in turn.
+    """
+    size = x.shape[-1]
+    if size <= SMALL:
+        return x @ _signs_of_products(size).to(x)
+    half = 1 << (size.bit_length() // 2)
+    y = _hadamard(x.unflatten(-1, (size // half, half)))
+    return _hadamard(y.transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+
+
+@cache
+def _signs_of_products(size: int) -> Tensor:
+    """The Hadamard matrix (size, size) in Sylvester's order."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / math.sqrt(2)
+    return matrix
