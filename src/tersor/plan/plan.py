@@ -105,14 +105,24 @@ class Planner:
     @classmethod
     def of(cls, run: Run, sites: Sequence[Site], size_of: Any, forms: Sequence[str] | None = None) -> Planner:
         """`size_of(choices)` is the exact size of the file of some choices; `forms` restricts the menus."""
-        all_candidates, menus = [], []
-        for site in sites:
-            known = [c for c in run.candidates(site.name) if forms is None or c.form in forms]
-            scaled = tuple(replace(c, divergence=c.divergence * run.gain(site.name, c.form)) for c in known)
-            all_candidates.append(scaled)
-            menus.append(_menu(site, scaled))
-        fixed = fixed_bytes(sites, size_of)
-        return cls(tuple(sites), tuple(all_candidates), tuple(menus), fixed, size_of, Interaction.of(run))
+
+        def scaled(site: Site) -> tuple[Candidate, ...]:
+            known = (c for c in run.candidates(site.name) if forms is None or c.form in forms)
+            return tuple(replace(c, divergence=c.divergence * run.gain(site.name, c.form)) for c in known)
+
+        return cls.over([(site, scaled(site)) for site in sites], size_of, Interaction.of(run))
+
+    @classmethod
+    def over(
+        cls,
+        menus: Sequence[tuple[Site, tuple[Candidate, ...]]],
+        size_of: Any,
+        interaction: Interaction = Interaction(),
+    ) -> Planner:
+        """The planner over candidates as they are given."""
+        sites, candidates = tuple(site for site, _ in menus), tuple(known for _, known in menus)
+        options = tuple(_menu(site, known) for site, known in menus)
+        return cls(sites, candidates, options, fixed_bytes(sites, size_of), size_of, interaction)
 
     def front(self) -> list[tuple[int, float]]:
         """(bytes of the file, predicted divergence) of every plan worth having, smallest first."""
