@@ -20,7 +20,7 @@ from tersor.forms.base import (
     stacked,
 )
 from tersor.forms.coded import CodedForm, CodedSetting
-from tersor.forms.integers import IntForm, IntSetting
+from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.sums import SumForm, SumSetting
 
@@ -33,8 +33,10 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
 
 
 FORMS: dict[str, Form] = {
-    form.name: form for form in (IntForm(), CodedForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections))
+    form.name: form
+    for form in (IntForm(), CodedForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections), PortableForm())
 }
+ON_REQUEST = ("portable",)  # drawn only where they are asked for: no better than others, but of use elsewhere
 
 
 def form_named(name: str) -> Form:
@@ -47,6 +49,7 @@ def form_named(name: str) -> Form:
 
 __all__ = [
     "FORMS",
+    "ON_REQUEST",
     "Candidate",
     "CodedForm",
     "CodedSetting",
@@ -57,6 +60,7 @@ __all__ = [
     "LowRankForm",
     "LowRankSetting",
     "Operator",
+    "PortableForm",
     "Setting",
     "Shape",
     "SumForm",

@@ -22,11 +22,15 @@ from tersor.metrics import Metric
 
 CHUNK = 1 << 17
 ROUNDINGS = ("nearest", "feedback", "two-sided")
+ZEROS = ("fine", "whole")
 
 
 @dataclass(frozen=True)
 class IntSetting:
-    """`group_size` None is a whole row (axis `columns`) or a whole column (axis `rows`)."""
+    """`group_size` None is a whole row (axis `columns`) or a whole column (axis `rows`).
+
+    A `fine` zero lies anywhere on the grid; a `whole` one is a code, as other formats have it.
+    """
 
     bits: int
     group_size: int | None = 64
@@ -35,6 +39,7 @@ class IntSetting:
     scale_bits: int = 8
     rounding: str = "two-sided"
     search: bool = True
+    zeros: str = "fine"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -42,6 +47,7 @@ class IntSetting:
             ("axis", ("columns", "rows")),
             ("scale_bits", (8, 16)),
             ("rounding", ROUNDINGS),
+            ("zeros", ZEROS),
         ):
             if getattr(self, name) not in allowed:
                 raise TersorError(f"int: {name} is {getattr(self, name)!r}, but must be one of {allowed}.")
@@ -52,12 +58,18 @@ class IntSetting:
     def label(self) -> str:
         group = "row" if self.group_size is None else f"g{self.group_size}"
         marks = ("" if self.axis == "columns" else " by rows") + (" sym" if self.symmetric else "")
+        marks += " whole" if self.zeros == "whole" else ""
         return f"int{self.bits} {group}{marks} {self.rounding}"
 
     @property
     def half(self) -> float:
-        """The code that a symmetric grid maps to zero."""
-        return float(2**self.bits - 1) / 2
+        """The code that a symmetric grid maps to zero; between two codes where it need not be one."""
+        return float(2**self.bits) / 2 if self.zeros == "whole" else float(2**self.bits - 1) / 2
+
+    def snapped(self, zero: Tensor) -> Tensor:
+        """Zeros in the range of the grid. Whole ones are at least 1: a format that others read stores them less 1."""
+        top = 2**self.bits - 1
+        return zero.clamp(0, top) if self.zeros == "fine" else (zero + 0.5).floor().clamp(1, top)
 
 
 class IntOperator(Operator):
@@ -78,6 +90,7 @@ class IntOperator(Operator):
         if setting.scale_bits == 8:
             self.register_buffer("scale_range", torch.zeros(2, dtype=torch.int32))
         if not setting.symmetric:
+            small = torch.uint8 if setting.zeros == "whole" else small
             self.register_buffer("zero", torch.zeros(groups, dtype=small))
 
     def grid(self) -> tuple[Tensor, Tensor]:
@@ -85,29 +98,38 @@ class IntOperator(Operator):
         setting = self.setting
         if setting.scale_bits == 16:
             scale = from_bits(self.scale)
-            zero = torch.full_like(scale, setting.half) if setting.symmetric else from_bits(self.zero)
-            return scale, zero
-        low, step = self.scale_range.view(torch.float32)
-        scale = torch.exp2(low + step * self.scale.float())
+        else:
+            low, step = self.scale_range.view(torch.float32)
+            scale = torch.exp2(low + step * self.scale.float())
         if setting.symmetric:
             return scale, torch.full_like(scale, setting.half)
+        if setting.zeros == "whole":
+            return scale, self.zero.float()
+        if setting.scale_bits == 16:
+            return scale, from_bits(self.zero)
         return scale, self.zero.float() * ((2**setting.bits - 1) / 255)
 
     def set_grid(self, scale: Tensor, zero: Tensor) -> None:
         """Store scales and zeros in the setting's precision."""
         setting = self.setting
+        if not setting.symmetric:
+            self.zero = self._stored_zero(zero)
         if setting.scale_bits == 16:
             self.scale = bits_of(scale.clamp_min(6e-8))
-            if not setting.symmetric:
-                self.zero = bits_of(zero)
             return
         logs = scale.clamp_min(1e-30).log2()
         low, high = logs.min(), logs.max()
         step = (high - low).clamp_min(1e-6) / 255
         self.scale_range = torch.stack([low, step]).float().view(torch.int32)
         self.scale = ((logs - low) / step).round().clamp(0, 255).to(torch.uint8)
-        if not setting.symmetric:
-            self.zero = (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
+
+    def _stored_zero(self, zero: Tensor) -> Tensor:
+        setting = self.setting
+        if setting.zeros == "whole":
+            return zero.to(torch.uint8)
+        if setting.scale_bits == 16:
+            return bits_of(zero)
+        return (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
 
     def decode(self) -> Tensor:
         return self._decode_rows(None)
@@ -173,6 +195,21 @@ class IntForm:
         return operator
 
 
+class PortableForm(IntForm):
+    """The integers that other formats hold as they are: whole zeros, 16-bit scales, groups that divide a row."""
+
+    name = "portable"
+
+    def settings(self, shape: Shape) -> Iterable[IntSetting]:
+        for bits in (2, 3, 4, 8):
+            for size in (None,) if bits == 8 else (None, 128, 64, 32):
+                if size is None or (size < shape[1] and shape[1] % size == 0):
+                    yield IntSetting(bits, size, "columns", size is None, 16, self.rounding, zeros="whole")
+
+    def probe(self, shape: Shape, curve: Sequence[Candidate]) -> None:  # type: ignore[override]
+        return None
+
+
 def search_grid(weight: Tensor, importance: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
     """Scale and zero of every group that make the importance-weighted error of plain rounding least.
 
@@ -201,7 +238,7 @@ def _search(w: Tensor, h: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
         return codes, (h * (w - (codes - zero) * scale).square()).sum(-1, keepdim=True)
 
     def zero_of(scale: Tensor) -> Tensor:
-        return (top / 2 - centre / scale).clamp(0, top)
+        return setting.snapped(top / 2 - centre / scale)
 
     scale = 2 * radius / top
     zero = zero_of(scale)
@@ -226,15 +263,20 @@ def _search(w: Tensor, h: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
 
 def _least_squares(w: Tensor, h: Tensor, codes: Tensor, zero: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
     """Scale (and zero) that fit `w` by `s (codes - z)` in the norm of `h`."""
-    if setting.symmetric:
+
+    def scale_at(zero: Tensor) -> Tensor:
         level = codes - zero
         scale = (h * level * w).sum(-1, keepdim=True) / (h * level.square()).sum(-1, keepdim=True).clamp_min(1e-20)
-        return scale.clamp_min(1e-12), zero
+        return scale.clamp_min(1e-12)
+
+    if setting.symmetric:
+        return scale_at(zero), zero
     mass = h.sum(-1, keepdim=True).clamp_min(1e-20)
     mean_w, mean_c = (h * w).sum(-1, keepdim=True) / mass, (h * codes).sum(-1, keepdim=True) / mass
     covariance = (h * (codes - mean_c) * (w - mean_w)).sum(-1, keepdim=True)
     scale = (covariance / (h * (codes - mean_c).square()).sum(-1, keepdim=True).clamp_min(1e-20)).clamp_min(1e-12)
-    return scale, (mean_c - mean_w / scale).clamp(0, 2**setting.bits - 1)
+    zero = setting.snapped(mean_c - mean_w / scale)
+    return (scale if setting.zeros == "fine" else scale_at(zero)), zero
 
 
 def _relative(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tersor.curves.draw import Ladders, draw_all, probe_gains, settle_damping
 from tersor.curves.limit import store_spectra
 from tersor.data import Data, read_data
 from tersor.errors import TersorError
-from tersor.forms import FORMS, form_named
+from tersor.forms import FORMS, ON_REQUEST, form_named
 from tersor.metrics import KINDS
 from tersor.models import Batch, Model
 from tersor.models.compare import Reference
@@ -59,7 +59,7 @@ def study(
     """
     if metric not in KINDS:
         raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
-    forms = tuple(FORMS) if forms is None else tuple(forms)
+    forms = tuple(name for name in FORMS if name not in ON_REQUEST) if forms is None else tuple(forms)
     for name in forms:
         form_named(name)
     calibration, fresh = read_data(data), not Path(run).exists()
