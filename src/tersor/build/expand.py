@@ -1,4 +1,4 @@
-"""Expanding: every operator of a built model decoded once into a plain parameter, in the layer it had taken the place of.
+"""Expanding: every operator of a built model decoded once into a plain parameter of the layer that it had replaced.
 
 The module then has no operators, takes the memory of the original and runs at its speed. Tied weights stay tied.
 """
@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from tersor.build.layers import ApproximateLayer, StandIn
 
 
+def plain(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A built module with plain weights; one of transformers forgets that it was quantised."""
+    if getattr(module, "hf_quantizer", None) is None:
+        return expand(module, dtype)
+    found: nn.Module = module.dequantize(dtype)  # type: ignore[operator]
+    return found
+
+
 def expand(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Give a built module plain weights again, in place, in `dtype` or each in the dtype it had when it was replaced."""
+    """Give a built module plain weights again, in place, in `dtype` or each in the dtype it once had."""
     expanded = _Expanded(dtype)
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if isinstance(child, ApproximateLayer):

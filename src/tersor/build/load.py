@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tersor.build.artifact import WEIGHTS, install_empty, load_weights, read_record
-from tersor.build.expand import expand
+from tersor.build.expand import plain
 from tersor.coding import StreamError
 from tersor.engine import map_units
 from tersor.errors import TersorError
@@ -52,7 +52,7 @@ def load(
     record = read_record(folder)
     try:
         module = _load(folder, record, model, device, dtype, progress)
-        return module if mode == "small" else _dense(module, dtype)
+        return module if mode == "small" else plain(module, dtype)
     except StreamError as error:
         raise TersorError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
@@ -82,14 +82,6 @@ def _load(
     module.to(device=device, dtype=dtype)
     prepare(module, progress)
     return module.eval()
-
-
-def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The module with plain weights; one of transformers forgets that it was quantised."""
-    if getattr(module, "hf_quantizer", None) is None:
-        return expand(module, dtype)
-    plain: nn.Module = module.dequantize(dtype)
-    return plain
 
 
 def prepare(module: nn.Module, progress: Progress = lambda *_: None) -> nn.Module:

@@ -66,6 +66,7 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        model.__dict__.pop("_weight_conversions", None)  # those of the artifact; it is saved under the usual names
         return expand(model, dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, bits_of, fitted_candidate, from_bits
-from tersor.forms.packing import PLANES, pack, packed_width, unpack
+from tersor.forms.packing import PLANES, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.metrics import Metric
 
@@ -69,7 +69,8 @@ class IntSetting:
     def snapped(self, zero: Tensor) -> Tensor:
         """Zeros in the range of the grid. Whole ones are at least 1: a format that others read stores them less 1."""
         top = 2**self.bits - 1
-        return zero.clamp(0, top) if self.zeros == "fine" else (zero + 0.5).floor().clamp(1, top)
+        whole: Tensor = (zero + 0.5).floor().clamp(1, top)
+        return whole if self.zeros == "whole" else zero.clamp(0, top)
 
 
 class IntOperator(Operator):
@@ -93,21 +94,23 @@ class IntOperator(Operator):
             small = torch.uint8 if setting.zeros == "whole" else small
             self.register_buffer("zero", torch.zeros(groups, dtype=small))
 
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Scales and zeros of the groups, float32."""
+    def grid(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scales and zeros of the groups, or of those of some rows where groups lie along the columns, float32."""
         setting = self.setting
+        scale = self.scale if rows is None else self.scale[rows]
         if setting.scale_bits == 16:
-            scale = from_bits(self.scale)
+            scale = from_bits(scale)
         else:
             low, step = self.scale_range.view(torch.float32)
-            scale = torch.exp2(low + step * self.scale.float())
+            scale = torch.exp2(low + step * scale.float())
         if setting.symmetric:
             return scale, torch.full_like(scale, setting.half)
+        zero = self.zero if rows is None else self.zero[rows]
         if setting.zeros == "whole":
-            return scale, self.zero.float()
+            return scale, zero.float()
         if setting.scale_bits == 16:
-            return scale, from_bits(self.zero)
-        return scale, self.zero.float() * ((2**setting.bits - 1) / 255)
+            return scale, from_bits(zero)
+        return scale, zero.float() * ((2**setting.bits - 1) / 255)
 
     def set_grid(self, scale: Tensor, zero: Tensor) -> None:
         """Store scales and zeros in the setting's precision."""
@@ -129,7 +132,8 @@ class IntOperator(Operator):
             return zero.to(torch.uint8)
         if setting.scale_bits == 16:
             return bits_of(zero)
-        return (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
+        fine: Tensor = (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
+        return fine
 
     def decode(self) -> Tensor:
         return self._decode_rows(None)
@@ -141,9 +145,35 @@ class IntOperator(Operator):
         return rows.reshape(*index.shape, self.shape[1]).to(dtype)
 
     def _decode_rows(self, index: Tensor | None) -> Tensor:
-        scale, zero = (_expand(g, self.shape, self.setting, index) for g in self.grid())
+        setting, columns = self.setting, self.shape[1]
         packed = self.codes if index is None else self.codes[index]
-        return (unpack(packed, self.setting.bits, self.shape[1]).float() - zero) * scale
+        if in_reach(packed):
+            return self._decode_compiled(packed, index)
+        scale, zero = self.grid(None if setting.axis == "rows" else index)
+        scale, zero = (_expand(g, self.shape, setting, index) for g in (scale, zero))
+        return (unpack(packed, setting.bits, columns).float() - zero) * scale
+
+    def _decode_compiled(self, packed: Tensor, index: Tensor | None) -> Tensor:
+        from tersor.forms import unpacking
+
+        setting, size = self.setting, _size(self.shape, self.setting)
+        decoded = torch.empty(len(packed), self.shape[1])
+        codes, out = packed.numpy(), decoded.numpy()
+        if setting.axis == "rows":
+            rows = torch.arange(self.shape[0]) if index is None else index
+            scale, zero = (g.contiguous().numpy() for g in self.grid())
+            unpacking.by_columns(codes, setting.bits, (rows // size).numpy(), scale, zero, out)
+        elif setting.scale_bits == 16:
+            scale, zero = (g.contiguous().numpy() for g in self.grid(index))
+            unpacking.grouped(codes, setting.bits, size, scale, zero, out)
+        else:
+            stored = (self.scale, self.scale if setting.symmetric else self.zero)
+            scale, zero = (g.numpy() if index is None else g[index].numpy() for g in stored)
+            step = 1.0 if setting.zeros == "whole" else (2**setting.bits - 1) / 255
+            half = setting.half if setting.symmetric else -1.0
+            ends = self.scale_range.numpy()
+            unpacking.logarithmic(codes, setting.bits, size, scale, ends, zero, step, half, out)
+        return decoded
 
 
 class IntForm:
@@ -201,7 +231,7 @@ class PortableForm(IntForm):
     name = "portable"
 
     def settings(self, shape: Shape) -> Iterable[IntSetting]:
-        for bits in (2, 3, 4, 8):
+        for bits in (2, 4, 8):
             for size in (None,) if bits == 8 else (None, 128, 64, 32):
                 if size is None or (size < shape[1] and shape[1] % size == 0):
                     yield IntSetting(bits, size, "columns", size is None, 16, self.rounding, zeros="whole")
@@ -283,6 +313,11 @@ def _relative(values: Tensor) -> Tensor:
     return (values / values.mean().clamp_min(1e-300)).float()
 
 
+def _size(shape: Shape, setting: IntSetting) -> int:
+    """Entries of a group."""
+    return setting.group_size or (shape[1] if setting.axis == "columns" else shape[0])
+
+
 def _groups(shape: Shape, setting: IntSetting) -> Shape:
     """Shape of the scales."""
     rows, columns = shape
@@ -303,12 +338,11 @@ def _grouped(matrix: Tensor, setting: IntSetting) -> Tensor:
 
 
 def _expand(groups: Tensor, shape: Shape, setting: IntSetting, index: Tensor | None = None) -> Tensor:
-    """A value a group as a value an entry, for all rows or those of `index`."""
+    """A value a group as a value an entry; where groups lie along the rows, for all rows or those of `index`."""
     if setting.axis == "rows":
         if index is not None:
-            return groups[index // (setting.group_size or shape[0])]
-        return groups.repeat_interleave(setting.group_size or shape[0], 0)[: shape[0]]
-    groups = groups if index is None else groups[index]
+            return groups[index // _size(shape, setting)]
+        return groups.repeat_interleave(_size(shape, setting), 0)[: shape[0]]
     if setting.group_size is None:
         return groups.expand(-1, shape[1])
     return groups.repeat_interleave(setting.group_size, 1)[:, : shape[1]]

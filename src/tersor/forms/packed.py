@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tersor.coding import Coded, decode
 from tersor.forms.base import Shape
-from tersor.forms.packing import pack, packed_width, unpack
+from tersor.forms.packing import in_reach, pack, packed_width, unpack
 
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 Ints = np.ndarray[Any, Any]
@@ -62,6 +62,8 @@ class Packed:
 
     def rows(self, index: Tensor | None) -> Tensor:
         """The matrix, or its rows at `index` (n,), in float32."""
+        if in_reach(self.codes):
+            return self._rows_compiled(index)
         codes, logs = self.codes, self.row_logs
         if index is not None:
             codes, logs = codes[index], logs[index]
@@ -72,6 +74,17 @@ class Packed:
         values *= torch.exp2(logs.float() / self.resolution)[:, None]
         values *= torch.exp2(self.column_logs.float() / self.resolution)
         return values
+
+    def _rows_compiled(self, index: Tensor | None) -> Tensor:
+        from tersor.forms import unpacking
+
+        logs = self.row_logs if index is None else self.row_logs[index]
+        index = torch.arange(self.shape[0]) if index is None else index.long()
+        rows, columns = (torch.exp2(side.float() / self.resolution).numpy() for side in (logs, self.column_logs))
+        out = torch.empty(len(index), self.shape[1])
+        beyond = self.positions.numpy(), self.escapes.numpy()
+        unpacking.stepped(self.codes.numpy(), self.bits, index.numpy(), rows, columns, *beyond, out.numpy())
+        return out
 
     def _escapes_of(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where the escapes lie among the rows at `index`, and what they are."""

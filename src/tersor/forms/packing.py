@@ -12,6 +12,11 @@ from torch import Tensor
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
+def in_reach(tensor: Tensor) -> bool:
+    """Whether compiled loops can read a tensor now: plain memory of this machine, outside of torch.compile."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
 def packed_width(columns: int, bits: int) -> int:
     """Bytes that a row of `columns` codes takes."""
     return sum(-(-columns * plane // 8) for plane in PLANES[bits])
