@@ -46,6 +46,7 @@ class Generating:
         )  # fmt: skip
 
 
+@torch.no_grad()
 def measured(original: Model, new: Model, batches: dict[int, Any]) -> dict[str, Any]:
     """Bytes and latencies of `new`, with the ratios to `original`."""
     found: dict[str, Any] = {"resident": held_bytes(new.module) / held_bytes(original.module)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, bits_of, fitted_candidate, from_bits
-from tersor.forms.packing import PLANES, in_reach, pack, packed_width, unpack
+from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.metrics import Metric
 
@@ -84,6 +84,7 @@ class IntOperator(Operator):
 
     def __init__(self, shape: Shape, setting: IntSetting) -> None:
         super().__init__(shape, setting)
+        self._arrays = Arrays()
         groups = _groups(shape, setting)
         small = torch.uint8 if setting.scale_bits == 8 else torch.int16
         self.register_buffer("codes", torch.zeros(shape[0], packed_width(shape[1], setting.bits), dtype=torch.uint8))
@@ -158,22 +159,30 @@ class IntOperator(Operator):
 
         setting, size = self.setting, _size(self.shape, self.setting)
         decoded = torch.empty(len(packed), self.shape[1])
-        codes, out = packed.numpy(), decoded.numpy()
+        out = decoded.numpy()
+        if setting.axis == "columns" and setting.scale_bits == 8:
+            parts = packed, self.scale, self.scale if setting.symmetric else self.zero, self.scale_range
+            if index is None:
+                codes, scale, zero, ends = self._arrays.of(*parts)
+            else:
+                codes, scale, zero, ends = (p.numpy() for p in (packed, *(g[index] for g in parts[1:3]), parts[3]))
+            step = 1.0 if setting.zeros == "whole" else (2**setting.bits - 1) / 255
+            half = setting.half if setting.symmetric else -1.0
+            unpacking.logarithmic(codes, setting.bits, size, scale, ends, zero, step, half, out)
+            return decoded
+        codes = packed.numpy()
         if setting.axis == "rows":
             rows = torch.arange(self.shape[0]) if index is None else index
             scale, zero = (g.contiguous().numpy() for g in self.grid())
             unpacking.by_columns(codes, setting.bits, (rows // size).numpy(), scale, zero, out)
-        elif setting.scale_bits == 16:
+        else:
             scale, zero = (g.contiguous().numpy() for g in self.grid(index))
             unpacking.grouped(codes, setting.bits, size, scale, zero, out)
-        else:
-            stored = (self.scale, self.scale if setting.symmetric else self.zero)
-            scale, zero = (g.numpy() if index is None else g[index].numpy() for g in stored)
-            step = 1.0 if setting.zeros == "whole" else (2**setting.bits - 1) / 255
-            half = setting.half if setting.symmetric else -1.0
-            ends = self.scale_range.numpy()
-            unpacking.logarithmic(codes, setting.bits, size, scale, ends, zero, step, half, out)
         return decoded
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._arrays = Arrays()  # what was moved need not stay where it was
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class IntForm:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tersor.coding import Coded, decode
 from tersor.forms.base import Shape
-from tersor.forms.packing import in_reach, pack, packed_width, unpack
+from tersor.forms.packing import Arrays, in_reach, pack, packed_width, unpack
 
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 Ints = np.ndarray[Any, Any]
+ALL = np.empty(0, np.int64)  # stands for the rows of a whole matrix
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,19 @@ class Packed:
     def _rows_compiled(self, index: Tensor | None) -> Tensor:
         from tersor.forms import unpacking
 
-        logs = self.row_logs if index is None else self.row_logs[index]
-        index = torch.arange(self.shape[0]) if index is None else index.long()
-        rows, columns = (torch.exp2(side.float() / self.resolution).numpy() for side in (logs, self.column_logs))
-        out = torch.empty(len(index), self.shape[1])
-        beyond = self.positions.numpy(), self.escapes.numpy()
-        unpacking.stepped(self.codes.numpy(), self.bits, index.numpy(), rows, columns, *beyond, out.numpy())
+        out = torch.empty(self.shape[0] if index is None else len(index), self.shape[1])
+        codes, rows, columns, positions, escapes = self._arrays.of(
+            self.codes, self.row_logs, self.column_logs, self.positions, self.escapes
+        )
+        wanted = ALL if index is None else index.long().numpy()
+        rows = rows if index is None else rows[wanted]
+        steps = rows, columns, self.resolution
+        unpacking.stepped(codes, self.bits, index is None, wanted, *steps, positions, escapes, out.numpy())
         return out
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return Arrays()
 
     def _escapes_of(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where the escapes lie among the rows at `index`, and what they are."""

@@ -6,10 +6,39 @@ whole bytes, so packing and unpacking are a few shifts over whole tensors, and s
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+class Arrays:
+    """The memory of tensors as numpy arrays, kept because making them takes longer than decoding a small matrix.
+
+    They are made anew where a tensor is another or lies elsewhere, and never copied with what holds them.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[tuple[Tensor, int], ...] = ()
+        self._arrays: tuple[np.ndarray[Any, Any], ...] = ()
+
+    def of(self, *tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
+        known = self._of
+        if len(known) != len(tensors) or any(
+            tensor is not one or tensor.data_ptr() != place for tensor, (one, place) in zip(tensors, known, strict=True)
+        ):
+            self._of = tuple((tensor, tensor.data_ptr()) for tensor in tensors)
+            self._arrays = tuple(tensor.contiguous().numpy() for tensor in tensors)
+        return self._arrays
+
+    def __deepcopy__(self, memo: Any) -> Arrays:
+        return Arrays()
+
+    def __reduce__(self) -> Any:
+        return Arrays, ()
 
 
 def in_reach(tensor: Tensor) -> bool:

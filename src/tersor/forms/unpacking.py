@@ -125,22 +125,52 @@ def by_columns(packed: Array, bits: int, group_of: Array, scales: Array, zeros: 
 
 
 @_compiled
+def _powers(logs: Array, resolution: int) -> Array:
+    """Two to the power of logarithms in units of 1 / resolution."""
+    low = logs.min()
+    table = np.empty(logs.max() - low + 1, np.float32)
+    for k in range(table.size):
+        table[k] = 2.0 ** ((low + k) / resolution)
+    powers = np.empty(logs.size, np.float32)
+    for k in range(logs.size):
+        powers[k] = table[logs[k] - low]
+    return powers
+
+
+@_compiled
 def stepped(
-    packed: Array, bits: int, index: Array, rows: Array, columns: Array, positions: Array, escapes: Array, out: Array
+    packed: Array,
+    bits: int,
+    whole: bool,
+    index: Array,
+    row_logs: Array,
+    column_logs: Array,
+    resolution: int,
+    positions: Array,
+    escapes: Array,
+    out: Array,
 ) -> None:
-    """`row step * code * column step` of the rows at `index`; escapes lie at sorted positions of the whole matrix."""
-    length, half = columns.size, np.float32(1 << (bits - 1))
+    """`row step * code * column step` of all rows, or of those at `index`, which `row_logs` are of.
+
+    Escapes lie at sorted positions of the whole matrix.
+    """
+    length, half = column_logs.size, np.float32(1 << (bits - 1))
+    if out.size == 0:
+        return
+    columns, powers = _powers(column_logs, resolution), _powers(row_logs, resolution)
     codes = np.empty(length // 8 * 8 + 8, np.uint8)
-    e, following = 0, 0  # the next escape, were `following` the next row
-    for k in range(index.size):
-        i = index[k]
+    e: Any = 0  # the next escape, were `following` the next row
+    following = 0
+    for k in range(out.shape[0]):
+        i = k if whole else index[k]
+        row = powers[k]
         _spread(packed[i], bits, length, codes)
-        _stepped(codes, half, rows[k], columns, out[k])
+        _stepped(codes, half, row, columns, out[k])
         start = i * length
         if i != following:
             e = np.searchsorted(positions, start)
         while e < positions.size and positions[e] < start + length:
             c = positions[e] - start
-            out[k, c] = np.float32(escapes[e]) * rows[k] * columns[c]
+            out[k, c] = np.float32(escapes[e]) * row * columns[c]
             e += 1
         following = i + 1
