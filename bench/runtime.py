@@ -56,7 +56,7 @@ def measured(original: Model, new: Model, batches: dict[int, Any]) -> dict[str, 
     ]
     found["peak"] = peaks[1] / peaks[0]
     for size, batch in batches.items():
-        timed = latency(original, new, batch, rounds=15)
+        timed = latency(original, new, batch, rounds=15 if size == 1 else 7)
         found[f"latency {size}"] = timed.ratio
         found[f"seconds {size}"] = timed.new
     if getattr(original, "head", None) == "causal-lm":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -93,3 +95,29 @@ def test_a_convolution_in_two_steps_or_in_one(size: int, monkeypatch: pytest.Mon
     assert torch.allclose(operator.convolve(x, convolution), whole, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("tersor.forms.products.WORTH", 0)
     assert torch.allclose(operator.convolve(x, convolution), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_views_follow_their_tensors_and_are_not_copied() -> None:
+    operator = drawn(IntOperator((20, 37), IntSetting(4, 16)))
+    first = operator.decode()
+    operator.codes[0] = 255
+    changed = operator.decode()
+    assert torch.equal(changed[1:], first[1:]) and not torch.equal(changed[0], first[0])
+    copied = copy.deepcopy(operator)
+    copied.codes.zero_()
+    assert torch.equal(operator.decode(), changed) and not torch.equal(copied.decode(), changed)
+    operator.codes = torch.zeros_like(operator.codes)
+    assert torch.equal(operator.decode(), copied.decode())
+    other = drawn(IntOperator((20, 37), IntSetting(4, 16)))
+    operator.load_state_dict(other.state_dict())
+    assert torch.equal(operator.decode(), other.decode())
+    operator.share_memory()
+    assert torch.equal(operator.decode(), other.decode())
+    assert torch.equal(pickle.loads(pickle.dumps(operator)).decode(), other.decode())
+
+
+def test_a_row_that_is_not_there_is_refused() -> None:
+    packed = Packed.of(Coded(np.ones((4, 8), np.int32), np.zeros(4, int), np.zeros(8, int), 4))
+    for take in (packed.rows, drawn(IntOperator((4, 37), IntSetting(4, 16))).take):
+        with pytest.raises(IndexError):
+            take(torch.tensor([4]))

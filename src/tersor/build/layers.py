@@ -76,7 +76,7 @@ class ApproximateLinear(ApproximateLayer):
     """`operator(x) + bias`, for linear layers and GPT-2's turned ones."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.weight_operator()(x)
+        y = self.weight_operator().forward(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def shaped(self, matrix: Tensor) -> Tensor:

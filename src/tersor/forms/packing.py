@@ -22,17 +22,17 @@ class Arrays:
     """
 
     def __init__(self) -> None:
-        self._of: tuple[tuple[Tensor, int], ...] = ()
-        self._arrays: tuple[np.ndarray[Any, Any], ...] = ()
+        self._known: tuple[tuple[tuple[Tensor, int], ...], tuple[np.ndarray[Any, Any], ...]] = ((), ())
 
     def of(self, *tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
-        known = self._of
-        if len(known) != len(tensors) or any(
-            tensor is not one or tensor.data_ptr() != place for tensor, (one, place) in zip(tensors, known, strict=True)
+        places, arrays = self._known
+        if len(places) != len(tensors) or any(
+            tensor is not one or tensor.data_ptr() != place
+            for tensor, (one, place) in zip(tensors, places, strict=True)
         ):
-            self._of = tuple((tensor, tensor.data_ptr()) for tensor in tensors)
-            self._arrays = tuple(tensor.contiguous().numpy() for tensor in tensors)
-        return self._arrays
+            arrays = tuple(tensor.contiguous().numpy() for tensor in tensors)
+            self._known = tuple((tensor, tensor.data_ptr()) for tensor in tensors), arrays  # at once, for threads
+        return arrays
 
     def __deepcopy__(self, memo: Any) -> Arrays:
         return Arrays()
@@ -43,7 +43,7 @@ class Arrays:
 
 def in_reach(tensor: Tensor) -> bool:
     """Whether compiled loops can read a tensor now: plain memory of this machine, outside of torch.compile."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def packed_width(columns: int, bits: int) -> int:

@@ -56,7 +56,7 @@ class ProductOperator(Operator):
         return self.left.dense() @ self.right.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.left(self.right(x))
+        return self.left.forward(self.right.forward(x))
 
     def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.left.take(index, dtype) @ self.right.dense(dtype)

@@ -64,9 +64,12 @@ def _eights(row: Array, shift: int, codes: Array) -> None:
 
 
 @_compiled
-def _constant(codes: Array, zero: Any, scale: Any, out: Array) -> None:
-    for c in range(out.size):
-        out[c] = (np.float32(codes[c]) - zero) * scale
+def _in_groups(codes: Array, size: int, scales: Array, zeros: Array, out: Array) -> None:
+    width, length = np.uint64(size), np.uint64(out.size)  # unsigned, or each index is checked for being negative
+    for g in range(np.uint64(scales.size)):
+        scale, zero = scales[g], zeros[g]
+        for c in range(g * width, min((g + np.uint64(1)) * width, length)):
+            out[c] = (np.float32(codes[c]) - zero) * scale
 
 
 @_compiled
@@ -84,13 +87,11 @@ def _stepped(codes: Array, half: Any, row: Any, columns: Array, out: Array) -> N
 @_compiled
 def grouped(packed: Array, bits: int, size: int, scales: Array, zeros: Array, out: Array) -> None:
     """`scale (code - zero)` with scales and zeros (rows, groups) of `size` columns each."""
-    columns, groups = out.shape[1], scales.shape[1]
+    columns = out.shape[1]
     codes = np.empty(columns // 8 * 8 + 8, np.uint8)
     for i in range(out.shape[0]):
         _spread(packed[i], bits, columns, codes)
-        for g in range(groups):
-            start, stop = g * size, min((g + 1) * size, columns)
-            _constant(codes[start:stop], zeros[i, g], scales[i, g], out[i, start:stop])
+        _in_groups(codes, size, scales[i], zeros[i], out[i])
 
 
 @_compiled
@@ -106,12 +107,13 @@ def logarithmic(
     for k in range(256):
         table[k] = 2.0 ** (low_and_step[0] + low_and_step[1] * np.float32(k))
     codes = np.empty(columns // 8 * 8 + 8, np.uint8)
+    row_scales, row_zeros = np.empty(scales.shape[1], np.float32), np.empty(scales.shape[1], np.float32)
     for i in range(out.shape[0]):
-        _spread(packed[i], bits, columns, codes)
         for g in range(scales.shape[1]):
-            start, stop = g * size, min((g + 1) * size, columns)
-            zero = np.float32(half if half >= 0 else step * zeros[i, g])
-            _constant(codes[start:stop], zero, table[scales[i, g]], out[i, start:stop])
+            row_scales[g] = table[scales[i, g]]
+            row_zeros[g] = half if half >= 0 else step * zeros[i, g]
+        _spread(packed[i], bits, columns, codes)
+        _in_groups(codes, size, row_scales, row_zeros, out[i])
 
 
 @_compiled
