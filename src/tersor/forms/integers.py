@@ -147,7 +147,8 @@ class IntOperator(Operator):
 
     def _decode_rows(self, index: Tensor | None) -> Tensor:
         setting, columns = self.setting, self.shape[1]
-        packed = self.codes if index is None else self.codes[index]
+        codes: Tensor = self._buffers["codes"]  # type: ignore[assignment]
+        packed = codes if index is None else codes[index]
         if in_reach(packed):
             return self._decode_compiled(packed, index)
         scale, zero = self.grid(None if setting.axis == "rows" else index)
@@ -158,10 +159,11 @@ class IntOperator(Operator):
         from tersor.forms import unpacking
 
         setting, size = self.setting, _size(self.shape, self.setting)
-        decoded = torch.empty(len(packed), self.shape[1])
+        decoded = torch.empty(self.shape if index is None else (len(index), self.shape[1]))
         out = decoded.numpy()
         if setting.axis == "columns" and setting.scale_bits == 8:
-            parts = packed, self.scale, self.scale if setting.symmetric else self.zero, self.scale_range
+            of: Any = self._buffers
+            parts = packed, of["scale"], of["scale" if setting.symmetric else "zero"], of["scale_range"]
             if index is None:
                 codes, scale, zero, ends = self._arrays.of(*parts)
             else:

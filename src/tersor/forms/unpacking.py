@@ -104,8 +104,10 @@ def logarithmic(
     """
     columns, low_and_step = out.shape[1], ends.view(np.float32)
     table = np.empty(256, np.float32)
-    for k in range(256):
-        table[k] = 2.0 ** (low_and_step[0] + low_and_step[1] * np.float32(k))
+    power, ratio = 2.0 ** np.float64(low_and_step[0]), 2.0 ** np.float64(low_and_step[1])
+    for k in range(256):  # in 64 bits, where a product of 256 factors stays exact to 32
+        table[k] = power
+        power *= ratio
     codes = np.empty(columns // 8 * 8 + 8, np.uint8)
     row_scales, row_zeros = np.empty(scales.shape[1], np.float32), np.empty(scales.shape[1], np.float32)
     for i in range(out.shape[0]):
