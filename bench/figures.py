@@ -116,8 +116,8 @@ def runtime_table(found: dict[str, Any]) -> Iterator[str]:
     yield f"\n## {found['model']}: at run time\n"
     yield (
         f"`script/bench runtime {found['model']}`, on {found['threads']} core(s). Plans of one budget, loaded again, "
-        "and torchao's weight-only integers of linear layers, over the original: bytes resident, bytes at the peak of a "
-        "batch of 32, latency of one sample, of 32 and of generating 64 tokens (medians of ratios, in turn).\n"
+        "and torchao's weight-only integers of linear layers, over the original: bytes resident, bytes at the peak of "
+        "a batch of 32, latency of one sample, of 32 and of generating 64 tokens (medians of ratios, in turn).\n"
     )
     yield "| forms | on disk | resident | peak | latency of 1 | of 32 | of generating | tokens a second | s to load |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
