@@ -23,7 +23,7 @@ from tersor.build.fits import fit_choice
 from tersor.build.layout import Layout
 from tersor.curves.draw import stacked_curve
 from tersor.errors import UnreachableBudget
-from tersor.forms import FORMS, Candidate, form_named
+from tersor.forms import USUAL, Candidate, form_named
 from tersor.judge.intervals import mean_estimate
 from tersor.models import Site
 from tersor.models.compare import Reference as Outputs
@@ -32,7 +32,8 @@ from tersor.plan import Choice, Limits, Planner
 from tersor.steps import Study
 
 RESULTS = Path(__file__).parent / "results"
-RESIDENT = tuple(name for name in FORMS if name != "coded")
+EVERY = (*USUAL, "trellis")
+RESIDENT = tuple(name for name in EVERY if name != "coded")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Variant:
 
 
 AT_REST = (
-    Variant("all forms", tuple(FORMS)),
+    Variant("all forms", EVERY),
     Variant("only coded", ("coded",)),
-    Variant("no gains", tuple(FORMS), gains=False),
+    Variant("no gains", EVERY, gains=False),
     Variant("the same bits at every site", ("coded",), same_bits=True),
     Variant("one-sided metric and feedback", form="coded", metric="input"),
     Variant("diagonal metric, no feedback", form="coded", metric="diagonal"),
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=None)
     given = parser.parse_args()
     known = reference(given.model)
-    opened = known.study(given.run or Path(tempfile.mkdtemp()), forms=tuple(FORMS))
+    opened = known.study(given.run or Path(tempfile.mkdtemp()), forms=EVERY)
     sizes = (known.held_out_samples // 2, known.sequence_length, known.batch_size)
     held = Outputs(opened.model, opened.model.batches(known.held_out, *sizes, seed=0))
     share = known.budgets[len(known.budgets) // 2]

@@ -113,17 +113,21 @@ def coded_tables(found: dict[str, Any]) -> Iterator[str]:
 
 
 def runtime_table(found: dict[str, Any]) -> Iterator[str]:
-    rows = found["rows"]
     yield f"\n## {found['model']}: at run time\n"
     yield (
-        f"`script/bench runtime {found['model']}`. Plans of one budget, loaded again, over the original: bytes "
-        "resident, bytes at the peak of a batch of 32, latency of one sample and of 32 (medians of ratios, in turn).\n"
+        f"`script/bench runtime {found['model']}`, on {found['threads']} core(s). Plans of one budget, loaded again, "
+        "and torchao's weight-only integers of linear layers, over the original: bytes resident, bytes at the peak of "
+        "a batch of 32, latency of one sample, of 32 and of generating 64 tokens (medians of ratios, in turn).\n"
     )
-    yield "| forms | on disk | resident | peak | latency of 1 | of 32 | seconds to load |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for row in rows:
-        shares = " | ".join(f"{row[k]:.1%}" for k in ("bytes", "resident", "peak"))
-        yield f"| {row['forms']} | {shares} | {row['latency 1']:.2f} | {row['latency 32']:.2f} | {row['load']:.2f} |"
+    yield "| forms | on disk | resident | peak | latency of 1 | of 32 | of generating | tokens a second | s to load |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    columns = (("bytes", ".1%"), ("resident", ".1%"), ("peak", ".1%"), ("latency 1", ".2f"), ("latency 32", ".2f"),
+               ("generating", ".2f"), ("tokens a second", ".0f"), ("load", ".2f"))  # fmt: skip
+    for row in found["rows"]:
+        if "failed" in row:
+            yield f"| {row['forms']} | failed: {row['failed']} | | | | | | | |"
+        else:
+            yield f"| {row['forms']} | {' | '.join(format(row[k], f) if k in row else '' for k, f in columns)} |"
 
 
 def speed_tables(found: dict[str, Any]) -> Iterator[str]:

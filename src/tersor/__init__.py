@@ -17,6 +17,7 @@ _PUBLIC = {
     "build_plan": "tersor.steps",
     "judge_artifact": "tersor.steps",
     "load": "tersor.build.load",
+    "export": "tersor.export.export",
     "open_model": "tersor.models",
     "custom_divergence": "tersor.models",
     "FORMS": "tersor.forms",

@@ -61,6 +61,7 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "trellis": plain_integers,
     "lowrank": plain_svd,
     "int+lowrank": first_term,
+    "portable": plain_rounding,
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
 each_setting = pytest.mark.parametrize(("form", "setting"), CASES)

@@ -7,6 +7,7 @@ one operator, which is saved once.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +25,25 @@ class _Borrowed:
         self.operator = operator
 
 
+class _Kept:
+    """Holds the layer that was replaced, without its tensors, for when it is wanted back."""
+
+    def __init__(self, owner: nn.Module, dtype: torch.dtype) -> None:
+        self.owner, self.dtype = copy.copy(owner), dtype
+        self.owner._parameters = dict.fromkeys(owner._parameters)
+
+    def restored(self, weight: nn.Parameter, bias: Tensor | None) -> nn.Module:
+        owner = copy.copy(self.owner)
+        owner._parameters = {**self.owner._parameters, "weight": weight}
+        if "bias" in owner._parameters:
+            owner._parameters["bias"] = bias  # type: ignore[assignment]
+        return owner
+
+
 class ApproximateLayer(nn.Module):
-    """A layer whose weight is an operator; `weight` decodes it for those who ask."""
+    """A layer whose weight is an operator; `weight` decodes it for those who ask. `kept` is set by `install`."""
+
+    kept: _Kept
 
     def __init__(self, operator: Operator, bias: Tensor | None, borrowed: bool) -> None:
         super().__init__()
@@ -45,6 +63,10 @@ class ApproximateLayer(nn.Module):
         like = self.bias
         return self.weight_operator().dense(torch.float32 if like is None else like.dtype)
 
+    def shaped(self, matrix: Tensor) -> Tensor:
+        """The matrix of the operator as the weight that the replaced layer had."""
+        return matrix
+
     def extra_repr(self) -> str:
         operator = self.weight_operator()
         return f"{operator.shape[1]} -> {operator.shape[0]}, {getattr(operator.setting, 'label', '')}"
@@ -54,8 +76,11 @@ class ApproximateLinear(ApproximateLayer):
     """`operator(x) + bias`, for linear layers and GPT-2's turned ones."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.weight_operator()(x)
+        y = self.weight_operator().forward(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        return matrix.T if type(self.kept.owner).__name__ == "Conv1D" else matrix
 
     @property
     def in_features(self) -> int:
@@ -96,9 +121,12 @@ class ApproximateConvolution(ApproximateLayer):
         self.arguments = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")}
         self.function = nn.functional.conv2d if isinstance(layer, nn.Conv2d) else nn.functional.conv1d
 
+    def shaped(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, *self.kernel)
+
     def forward(self, x: Tensor) -> Tensor:
         def convolution(x: Tensor, matrix: Tensor) -> Tensor:
-            return self.function(x, matrix.reshape(-1, *self.kernel), None, **self.arguments)
+            return self.function(x, self.shaped(matrix), None, **self.arguments)
 
         operator = self.weight_operator()
         if self.arguments["groups"] == 1:
@@ -171,6 +199,7 @@ def install(module: nn.Module, site: Site, operators: list[Operator]) -> None:
         borrowed = number > 0
         replacement = None if site.stack > 1 else layer_for(owner, operators[0], borrowed, dtype)
         if replacement is not None:
+            replacement.kept = _Kept(owner, dtype)
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, replacement)
             continue

@@ -1,7 +1,7 @@
 """Loading artifacts: `tersor.load(out)`, and the transformers quantiser behind `from_pretrained`.
 
 Operators are laid out empty, then filled from the file; entropy-coded ones are decoded into packed integers. Nothing is
-fitted and no dense weight is made.
+fitted, and no dense weight is made unless the model is asked for in mode `dense`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tersor.build.artifact import WEIGHTS, install_empty, load_weights, read_record
+from tersor.build.expand import plain
 from tersor.coding import StreamError
 from tersor.engine import map_units
 from tersor.errors import TersorError
@@ -22,6 +23,7 @@ from tersor.forms import Operator
 from tersor.models.files import open_checkpoint
 
 MANY_WEIGHTS = 200_000_000  # fewer are decoded here: starting workers would take longer
+MODES = ("small", "dense")
 Progress = Callable[[str, int, int], Any]
 
 
@@ -31,19 +33,26 @@ def load(
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    mode: str = "small",
     progress: Progress = lambda *_: None,
 ) -> nn.Module:
     """Load the built model of an artifact.
+
+    `mode` is `small`, or `dense` for plain weights: the memory and the speed of the original, and no need of Tersor to
+    save it again.
 
     For a Hugging Face artifact nothing else is needed. For a module of your own give the module as it was before, its
     factory, or `file.py:factory`: an artifact never names code to be run; `progress(name, done, total)` then hears of
     every weight that is decoded (transformers decodes as it loads, under a bar of its own). Raises TersorError for a
     damaged artifact.
     """
+    if mode not in MODES:
+        raise TersorError(f"A model is loaded in mode {' or '.join(MODES)}, not {mode!r}.")
     folder = Path(folder)
     record = read_record(folder)
     try:
-        return _load(folder, record, model, device, dtype, progress)
+        module = _load(folder, record, model, device, dtype, progress)
+        return module if mode == "small" else plain(module, dtype)
     except StreamError as error:
         raise TersorError(f"{folder / WEIGHTS} is damaged: {error}") from error
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.build.artifact import install_empty
+from tersor.build.expand import expand
 from tersor.build.load import Progress, prepare
 
 
@@ -63,6 +64,10 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
                 child._buffers["_like"] = torch.empty(0, dtype=like.dtype)
         prepare(model, _shown())
         return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        model.__dict__.pop("_weight_conversions", None)  # those of the artifact; it is saved under the usual names
+        return expand(model, dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

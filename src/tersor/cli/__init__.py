@@ -9,6 +9,8 @@ from tersor.cli.build import build
 from tersor.cli.compress import EXAMPLE as COMPRESS
 from tersor.cli.compress import compress
 from tersor.cli.console import guarded
+from tersor.cli.export import EXAMPLE as EXPORT
+from tersor.cli.export import export
 from tersor.cli.front import EXAMPLE as FRONT
 from tersor.cli.front import front
 from tersor.cli.judge import EXAMPLE as JUDGE
@@ -31,6 +33,7 @@ COMMANDS = (
     (plan, PLAN),
     (build, BUILD),
     (judge, JUDGE),
+    (export, EXPORT),
     (show, SHOW),
     (report, REPORT),
     (methods, METHODS),

@@ -39,6 +39,7 @@ STEPS = {
     "judge": "Judging on held-out data",
     "judge sites": "Judging every site alone",
     "report": "Writing the report",
+    "export": "Exporting",
 }
 
 

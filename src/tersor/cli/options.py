@@ -67,7 +67,11 @@ DivergenceName = Annotated[
 ]
 Forms = Annotated[
     str | None,
-    typer.Option(metavar="NAME,...", help="Forms to choose from; by default all.", rich_help_panel=CHOICE),
+    typer.Option(
+        metavar="NAME,...",
+        help="Forms to choose from; by default all but portable, which others can read.",
+        rich_help_panel=CHOICE,
+    ),
 ]
 Include = Annotated[
     list[str] | None,

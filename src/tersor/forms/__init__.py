@@ -20,7 +20,7 @@ from tersor.forms.base import (
     stacked,
 )
 from tersor.forms.coded import CodedForm, CodedSetting
-from tersor.forms.integers import IntForm, IntSetting
+from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.sums import SumForm, SumSetting
 from tersor.forms.trellis import TrellisForm, TrellisSetting
@@ -35,12 +35,18 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
 
 FORMS: dict[str, Form] = {
     form.name: form
-    for form in (IntForm(), CodedForm(), TrellisForm(), LowRankForm(), SumForm(IntForm(), LowRankForm(), _corrections))
+    for form in (
+        IntForm(),
+        CodedForm(),
+        TrellisForm(),
+        LowRankForm(),
+        SumForm(IntForm(), LowRankForm(), _corrections),
+        PortableForm(),
+    )
 }
-
-
-# What a study draws unless forms are named: trellis codes take longest, and are worth it where memory counts.
-USUAL = tuple(name for name in FORMS if name != "trellis")
+# What a study draws unless forms are named. Trellis codes take longest, and are worth it where memory counts; portable
+# integers are no better than others, but other stacks read them.
+USUAL = tuple(name for name in FORMS if name not in ("trellis", "portable"))
 
 
 def form_named(name: str) -> Form:
@@ -64,6 +70,7 @@ __all__ = [
     "LowRankForm",
     "LowRankSetting",
     "Operator",
+    "PortableForm",
     "Setting",
     "Shape",
     "SumForm",

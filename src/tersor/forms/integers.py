@@ -16,17 +16,21 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, bits_of, fitted_candidate, from_bits
-from tersor.forms.packing import PLANES, pack, packed_width, unpack
+from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.metrics import Metric
 
 CHUNK = 1 << 17
 ROUNDINGS = ("nearest", "feedback", "two-sided")
+ZEROS = ("fine", "whole")
 
 
 @dataclass(frozen=True)
 class IntSetting:
-    """`group_size` None is a whole row (axis `columns`) or a whole column (axis `rows`)."""
+    """`group_size` None is a whole row (axis `columns`) or a whole column (axis `rows`).
+
+    A `fine` zero lies anywhere on the grid; a `whole` one is a code, as other formats have it.
+    """
 
     bits: int
     group_size: int | None = 64
@@ -35,6 +39,7 @@ class IntSetting:
     scale_bits: int = 8
     rounding: str = "two-sided"
     search: bool = True
+    zeros: str = "fine"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -42,6 +47,7 @@ class IntSetting:
             ("axis", ("columns", "rows")),
             ("scale_bits", (8, 16)),
             ("rounding", ROUNDINGS),
+            ("zeros", ZEROS),
         ):
             if getattr(self, name) not in allowed:
                 raise TersorError(f"int: {name} is {getattr(self, name)!r}, but must be one of {allowed}.")
@@ -52,12 +58,19 @@ class IntSetting:
     def label(self) -> str:
         group = "row" if self.group_size is None else f"g{self.group_size}"
         marks = ("" if self.axis == "columns" else " by rows") + (" sym" if self.symmetric else "")
+        marks += " whole" if self.zeros == "whole" else ""
         return f"int{self.bits} {group}{marks} {self.rounding}"
 
     @property
     def half(self) -> float:
-        """The code that a symmetric grid maps to zero."""
-        return float(2**self.bits - 1) / 2
+        """The code that a symmetric grid maps to zero; between two codes where it need not be one."""
+        return float(2**self.bits) / 2 if self.zeros == "whole" else float(2**self.bits - 1) / 2
+
+    def snapped(self, zero: Tensor) -> Tensor:
+        """Zeros in the range of the grid. Whole ones are at least 1: a format that others read stores them less 1."""
+        top = 2**self.bits - 1
+        whole: Tensor = (zero + 0.5).floor().clamp(1, top)
+        return whole if self.zeros == "whole" else zero.clamp(0, top)
 
 
 class IntOperator(Operator):
@@ -71,6 +84,7 @@ class IntOperator(Operator):
 
     def __init__(self, shape: Shape, setting: IntSetting) -> None:
         super().__init__(shape, setting)
+        self._arrays = Arrays()
         groups = _groups(shape, setting)
         small = torch.uint8 if setting.scale_bits == 8 else torch.int16
         self.register_buffer("codes", torch.zeros(shape[0], packed_width(shape[1], setting.bits), dtype=torch.uint8))
@@ -78,36 +92,49 @@ class IntOperator(Operator):
         if setting.scale_bits == 8:
             self.register_buffer("scale_range", torch.zeros(2, dtype=torch.int32))
         if not setting.symmetric:
+            small = torch.uint8 if setting.zeros == "whole" else small
             self.register_buffer("zero", torch.zeros(groups, dtype=small))
 
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Scales and zeros of the groups, float32."""
+    def grid(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scales and zeros of the groups, or of those of some rows where groups lie along the columns, float32."""
         setting = self.setting
+        scale = self.scale if rows is None else self.scale[rows]
         if setting.scale_bits == 16:
-            scale = from_bits(self.scale)
-            zero = torch.full_like(scale, setting.half) if setting.symmetric else from_bits(self.zero)
-            return scale, zero
-        low, step = self.scale_range.view(torch.float32)
-        scale = torch.exp2(low + step * self.scale.float())
+            scale = from_bits(scale)
+        else:
+            low, step = self.scale_range.view(torch.float32)
+            scale = torch.exp2(low + step * scale.float())
         if setting.symmetric:
             return scale, torch.full_like(scale, setting.half)
-        return scale, self.zero.float() * ((2**setting.bits - 1) / 255)
+        zero = self.zero if rows is None else self.zero[rows]
+        if setting.zeros == "whole":
+            return scale, zero.float()
+        if setting.scale_bits == 16:
+            return scale, from_bits(zero)
+        return scale, zero.float() * ((2**setting.bits - 1) / 255)
 
     def set_grid(self, scale: Tensor, zero: Tensor) -> None:
         """Store scales and zeros in the setting's precision."""
         setting = self.setting
+        if not setting.symmetric:
+            self.zero = self._stored_zero(zero)
         if setting.scale_bits == 16:
             self.scale = bits_of(scale.clamp_min(6e-8))
-            if not setting.symmetric:
-                self.zero = bits_of(zero)
             return
         logs = scale.clamp_min(1e-30).log2()
         low, high = logs.min(), logs.max()
         step = (high - low).clamp_min(1e-6) / 255
         self.scale_range = torch.stack([low, step]).float().view(torch.int32)
         self.scale = ((logs - low) / step).round().clamp(0, 255).to(torch.uint8)
-        if not setting.symmetric:
-            self.zero = (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
+
+    def _stored_zero(self, zero: Tensor) -> Tensor:
+        setting = self.setting
+        if setting.zeros == "whole":
+            return zero.to(torch.uint8)
+        if setting.scale_bits == 16:
+            return bits_of(zero)
+        fine: Tensor = (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
+        return fine
 
     def decode(self) -> Tensor:
         return self._decode_rows(None)
@@ -119,9 +146,45 @@ class IntOperator(Operator):
         return rows.reshape(*index.shape, self.shape[1]).to(dtype)
 
     def _decode_rows(self, index: Tensor | None) -> Tensor:
-        scale, zero = (_expand(g, self.shape, self.setting, index) for g in self.grid())
-        packed = self.codes if index is None else self.codes[index]
-        return (unpack(packed, self.setting.bits, self.shape[1]).float() - zero) * scale
+        setting, columns = self.setting, self.shape[1]
+        codes: Tensor = self._buffers["codes"]  # type: ignore[assignment]
+        packed = codes if index is None else codes[index]
+        if in_reach(packed):
+            return self._decode_compiled(packed, index)
+        scale, zero = self.grid(None if setting.axis == "rows" else index)
+        scale, zero = (_expand(g, self.shape, setting, index) for g in (scale, zero))
+        return (unpack(packed, setting.bits, columns).float() - zero) * scale
+
+    def _decode_compiled(self, packed: Tensor, index: Tensor | None) -> Tensor:
+        from tersor.forms import unpacking
+
+        setting, size = self.setting, _size(self.shape, self.setting)
+        decoded = torch.empty(self.shape if index is None else (len(index), self.shape[1]))
+        out = decoded.numpy()
+        if setting.axis == "columns" and setting.scale_bits == 8:
+            of: Any = self._buffers
+            parts = packed, of["scale"], of["scale" if setting.symmetric else "zero"], of["scale_range"]
+            if index is None:
+                codes, scale, zero, ends = self._arrays.of(*parts)
+            else:
+                codes, scale, zero, ends = (p.numpy() for p in (packed, *(g[index] for g in parts[1:3]), parts[3]))
+            step = 1.0 if setting.zeros == "whole" else (2**setting.bits - 1) / 255
+            half = setting.half if setting.symmetric else -1.0
+            unpacking.logarithmic(codes, setting.bits, size, scale, ends, zero, step, half, out)
+            return decoded
+        codes = packed.numpy()
+        if setting.axis == "rows":
+            rows = torch.arange(self.shape[0]) if index is None else index
+            scale, zero = (g.contiguous().numpy() for g in self.grid())
+            unpacking.by_columns(codes, setting.bits, (rows // size).numpy(), scale, zero, out)
+        else:
+            scale, zero = (g.contiguous().numpy() for g in self.grid(index))
+            unpacking.grouped(codes, setting.bits, size, scale, zero, out)
+        return decoded
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._arrays = Arrays()  # what was moved need not stay where it was
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class IntForm:
@@ -173,6 +236,21 @@ class IntForm:
         return operator
 
 
+class PortableForm(IntForm):
+    """The integers that other formats hold as they are: whole zeros, 16-bit scales, groups that divide a row."""
+
+    name = "portable"
+
+    def settings(self, shape: Shape) -> Iterable[IntSetting]:
+        for bits in (2, 4, 8):
+            for size in (None,) if bits == 8 else (None, 128, 64, 32):
+                if size is None or (size < shape[1] and shape[1] % size == 0):
+                    yield IntSetting(bits, size, "columns", size is None, 16, self.rounding, zeros="whole")
+
+    def probe(self, shape: Shape, curve: Sequence[Candidate]) -> None:  # type: ignore[override]
+        return None
+
+
 def search_grid(weight: Tensor, importance: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
     """Scale and zero of every group that make the importance-weighted error of plain rounding least.
 
@@ -201,7 +279,7 @@ def _search(w: Tensor, h: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
         return codes, (h * (w - (codes - zero) * scale).square()).sum(-1, keepdim=True)
 
     def zero_of(scale: Tensor) -> Tensor:
-        return (top / 2 - centre / scale).clamp(0, top)
+        return setting.snapped(top / 2 - centre / scale)
 
     scale = 2 * radius / top
     zero = zero_of(scale)
@@ -226,19 +304,29 @@ def _search(w: Tensor, h: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
 
 def _least_squares(w: Tensor, h: Tensor, codes: Tensor, zero: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:
     """Scale (and zero) that fit `w` by `s (codes - z)` in the norm of `h`."""
-    if setting.symmetric:
+
+    def scale_at(zero: Tensor) -> Tensor:
         level = codes - zero
         scale = (h * level * w).sum(-1, keepdim=True) / (h * level.square()).sum(-1, keepdim=True).clamp_min(1e-20)
-        return scale.clamp_min(1e-12), zero
+        return scale.clamp_min(1e-12)
+
+    if setting.symmetric:
+        return scale_at(zero), zero
     mass = h.sum(-1, keepdim=True).clamp_min(1e-20)
     mean_w, mean_c = (h * w).sum(-1, keepdim=True) / mass, (h * codes).sum(-1, keepdim=True) / mass
     covariance = (h * (codes - mean_c) * (w - mean_w)).sum(-1, keepdim=True)
     scale = (covariance / (h * (codes - mean_c).square()).sum(-1, keepdim=True).clamp_min(1e-20)).clamp_min(1e-12)
-    return scale, (mean_c - mean_w / scale).clamp(0, 2**setting.bits - 1)
+    zero = setting.snapped(mean_c - mean_w / scale)
+    return (scale if setting.zeros == "fine" else scale_at(zero)), zero
 
 
 def _relative(values: Tensor) -> Tensor:
     return (values / values.mean().clamp_min(1e-300)).float()
+
+
+def _size(shape: Shape, setting: IntSetting) -> int:
+    """Entries of a group."""
+    return setting.group_size or (shape[1] if setting.axis == "columns" else shape[0])
 
 
 def _groups(shape: Shape, setting: IntSetting) -> Shape:
@@ -261,12 +349,11 @@ def _grouped(matrix: Tensor, setting: IntSetting) -> Tensor:
 
 
 def _expand(groups: Tensor, shape: Shape, setting: IntSetting, index: Tensor | None = None) -> Tensor:
-    """A value a group as a value an entry, for all rows or those of `index`."""
+    """A value a group as a value an entry; where groups lie along the rows, for all rows or those of `index`."""
     if setting.axis == "rows":
         if index is not None:
-            return groups[index // (setting.group_size or shape[0])]
-        return groups.repeat_interleave(setting.group_size or shape[0], 0)[: shape[0]]
-    groups = groups if index is None else groups[index]
+            return groups[index // _size(shape, setting)]
+        return groups.repeat_interleave(_size(shape, setting), 0)[: shape[0]]
     if setting.group_size is None:
         return groups.expand(-1, shape[1])
     return groups.repeat_interleave(setting.group_size, 1)[:, : shape[1]]

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tersor.coding import Coded, decode
 from tersor.forms.base import Shape
-from tersor.forms.packing import pack, packed_width, unpack
+from tersor.forms.packing import Arrays, in_reach, pack, packed_width, unpack
 
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 Ints = np.ndarray[Any, Any]
+ALL = np.empty(0, np.int64)  # stands for the rows of a whole matrix
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Packed:
 
     def rows(self, index: Tensor | None) -> Tensor:
         """The matrix, or its rows at `index` (n,), in float32."""
+        if in_reach(self.codes):
+            return self._rows_compiled(index)
         codes, logs = self.codes, self.row_logs
         if index is not None:
             codes, logs = codes[index], logs[index]
@@ -72,6 +75,23 @@ class Packed:
         values *= torch.exp2(logs.float() / self.resolution)[:, None]
         values *= torch.exp2(self.column_logs.float() / self.resolution)
         return values
+
+    def _rows_compiled(self, index: Tensor | None) -> Tensor:
+        from tersor.forms import unpacking
+
+        out = torch.empty(self.shape[0] if index is None else len(index), self.shape[1])
+        codes, rows, columns, positions, escapes = self._arrays.of(
+            self.codes, self.row_logs, self.column_logs, self.positions, self.escapes
+        )
+        wanted = ALL if index is None else index.long().numpy()
+        rows = rows if index is None else rows[wanted]
+        steps = rows, columns, self.resolution
+        unpacking.stepped(codes, self.bits, index is None, wanted, *steps, positions, escapes, out.numpy())
+        return out
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return Arrays()
 
     def _escapes_of(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where the escapes lie among the rows at `index`, and what they are."""

@@ -6,10 +6,44 @@ whole bytes, so packing and unpacking are a few shifts over whole tensors, and s
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+
+
+class Arrays:
+    """The memory of tensors as numpy arrays, kept because making them takes longer than decoding a small matrix.
+
+    They are made anew where a tensor is another or lies elsewhere, and never copied with what holds them.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[tuple[Tensor, int], ...], tuple[np.ndarray[Any, Any], ...]] = ((), ())
+
+    def of(self, *tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
+        places, arrays = self._known
+        if len(places) != len(tensors) or any(
+            tensor is not one or tensor.data_ptr() != place
+            for tensor, (one, place) in zip(tensors, places, strict=True)
+        ):
+            arrays = tuple(tensor.contiguous().numpy() for tensor in tensors)
+            self._known = tuple((tensor, tensor.data_ptr()) for tensor in tensors), arrays  # at once, for threads
+        return arrays
+
+    def __deepcopy__(self, memo: Any) -> Arrays:
+        return Arrays()
+
+    def __reduce__(self) -> Any:
+        return Arrays, ()
+
+
+def in_reach(tensor: Tensor) -> bool:
+    """Whether compiled loops can read a tensor now: plain memory of this machine, outside of torch.compile."""
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def packed_width(columns: int, bits: int) -> int:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tersor.export import Exported
 from tersor.plan import UNTOUCHED
 from tersor.report.account import Account
 from tersor.report.front import Point
@@ -202,6 +203,17 @@ def ledger_table(rows: Sequence[tuple[str, float, float, float, float]], unit: s
     for site, predicted, value, low, high in sorted(rows, key=lambda r: -r[2])[:SITES_SHOWN]:
         measured = estimate_text({"value": value, "low": low, "high": high})
         _row(table, site, number_text(predicted), measured, f"{value / predicted:.2f}" if predicted > 0 else "-")
+    return table
+
+
+def export_table(found: Exported) -> Table:
+    """The bytes of an export beside those of the original and of the artifact, and how sites are held."""
+    table = _table(f"Exported to {found.target}", "", "bytes on disk", "of the original")
+    sizes = ("original", found.original_bytes), ("small", found.artifact_bytes), (found.target, found.exported_bytes)
+    for name, size in sizes:
+        _row(table, name, bytes_text(size), share_text(size, found.original_bytes))
+    if found.packed:
+        table.caption = f"{len(found.packed)} sites packed, {len(found.dense)} dense"
     return table
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from tersor.build.build import Built, build, check_target
 from tersor.data import Data, read_data, read_pairs
-from tersor.forms import FORMS
+from tersor.forms import USUAL
 from tersor.judge.artifact import judge_artifact
 from tersor.judge.judge import Judgement
 from tersor.models import Batch, Model
@@ -92,7 +92,7 @@ def compress(
     if pairs is not None:
         read_pairs(pairs)
     folder = Path(f"{out}.run") if run is None else Path(run)
-    drawn = tuple(FORMS) if forms is None and memory_budget is not None else forms
+    drawn = (*USUAL, "trellis") if forms is None and memory_budget is not None else forms
     opened = study(model, data, folder, forms=drawn, progress=progress, **options)
     limits = parse_limits(budget, whole_bytes=opened.stored_bytes, whole_flops=opened.flops, **asked)
     progress("plan", "", 0, 0)
