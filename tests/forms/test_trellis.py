@@ -12,7 +12,7 @@ import torch
 
 from tersor.coding.trellis import HEADER, REMAINS, SIDE_BITS, Side, Trellis, rates_of, values
 from tersor.errors import TersorError
-from tersor.forms import TrellisForm, TrellisSetting, as_values, trellis_kernels
+from tersor.forms import TrellisForm, TrellisSetting, as_values, trellis_fit, trellis_kernels
 from tersor.forms.rotation import rotatable, rotate, rotate_back
 from tersor.forms.trellis import TrellisOperator
 from tersor.forms.trellis_fit import Frame
@@ -90,8 +90,9 @@ def test_it_comes_closer_to_the_limit_than_any_scalar_code() -> None:
 @pytest.mark.parametrize("bits", [0.3, 2.0, 4.6])
 @pytest.mark.parametrize("free", [False, True])
 def test_every_way_of_reading_gives_what_was_written(
-    shape: tuple[int, int], bits: float, free: bool, make_metric: Maker
+    shape: tuple[int, int], bits: float, free: bool, make_metric: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trellis_fit, "FREE", 1)
     metric = make_metric(*shape)
     metric = free_rows_metric(shape[0], metric) if free else metric
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -171,7 +172,8 @@ def test_it_beats_integers_in_groups_at_equal_bytes() -> None:
 
 
 @pytest.mark.parametrize("free", [False, True])
-def test_the_ladder_predicts_its_fits(free: bool) -> None:
+def test_the_ladder_predicts_its_fits(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trellis_fit, "FREE", 1)
     weight, metric = torch.randn(160, 192), gentle(160, 192)
     metric = free_rows_metric(160, metric) if free else metric
     for candidate in FORM.curve(weight, metric):

@@ -22,7 +22,7 @@ from tersor.coding.trellis import MOST_BITS, Trellis, stored_bytes
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, cost_of
 from tersor.forms.rotation import rotate, rotate_back, turned_back
-from tersor.forms.trellis_fit import Coder, code_bytes
+from tersor.forms.trellis_fit import Coder, code_bytes, frees_rows
 from tersor.forms.trellis_read import Reader, parsed, reader_bytes
 from tersor.metrics import Metric
 
@@ -148,7 +148,7 @@ class TrellisForm:
             found = {s: metric.distance(weight.detach().float() - op.dense()) for s, op in operators}
         else:
             found = _estimated(weight, metric, list(self.settings(shape)))
-        free = metric.rows.is_diagonal
+        free = frees_rows(metric)
         complete = {s: replace(s, free_rows=free) for s in found}
         return [Candidate(self.name, complete[s], cost_of(self, shape, complete[s]), d) for s, d in found.items()]
 

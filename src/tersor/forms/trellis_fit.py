@@ -25,6 +25,7 @@ DAMPED = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal
 OVERLOADED = 4.0  # times the error of a quick walk, from which on a search is repeated under a more damped metric
 RATES_DEEP, SCALES_DEEP = 8.0, 10.0  # octaves below the largest at which logarithms end
 ROUNDS = 4  # of fitting the scales of rows and columns to each other
+FREE = 4096  # rows from which on they are kept apart where they may be: where they begin takes memory too
 SPARE = 2  # bytes that may be read behind the last bit
 Array = np.ndarray[Any, Any]
 
@@ -41,8 +42,7 @@ class Frame:
 
     @property
     def free_rows(self) -> bool:
-        """Whether rows do not feel one another."""
-        return self.turned[0].size == 0
+        return frees_rows(self.metric)
 
     @classmethod
     def of(cls, weight: Tensor, metric: Metric, turn: bool) -> Frame:
@@ -81,12 +81,15 @@ class Frame:
         factors = np.sqrt(12 * np.asarray(REMAINS, dtype=np.float32)) if quick else shrink()
         wanted, error = np.empty_like(self.weight), np.zeros_like(self.weight)
         made = (sides_of(trellis), factors, table, wanted, error, code)
-        turned_o, turned_i = self.turned
+        turned_i = self.turned[1]
         if self.free_rows:
             order = np.argsort(row_rates.codes, kind="stable")
             kernels.walk_columns(self.weight, turned_i, turned_i.size > 0, order, *made)
         else:
-            turned_i = turned_i if turned_i.size else np.eye(shape[1], dtype=np.float32)
+            turned_o, turned_i = (
+                turned if turned.size else np.eye(size, dtype=np.float32)
+                for turned, size in zip(self.turned, shape, strict=True)
+            )
             kernels.walk_diagonals(self.weight, turned_o, turned_i, *made)
         return _Coding(wanted, error, trellis)
 
@@ -155,6 +158,11 @@ class Coder:
             walk = frame.walk(self._targets[damping], bits, quick=True)
             self._targets[damping] = walk.targets
         return self.metric.distance(frame.turned_back(walk.error))
+
+
+def frees_rows(metric: Metric) -> bool:
+    """Whether rows are coded so that they can be read alone: those of a table, which do not feel one another."""
+    return metric.rows.is_diagonal and metric.rows.size >= FREE
 
 
 def code_bytes(shape: tuple[int, int], bits: float) -> int:
