@@ -172,7 +172,9 @@ def test_interpolated_candidates_are_what_fits_come_to() -> None:
     exact = FORM.curve(weight, metric, [candidate.setting for candidate in guessed])
     for guess, fit in zip(guessed, exact, strict=True):
         assert guess.cost.stored == pytest.approx(fit.cost.stored, rel=0.01, abs=8)
-        assert 0.75 * guess.cost.resident <= fit.cost.resident <= guess.cost.resident
+        assert fit.cost.resident <= guess.cost.resident
+        if guess.cost.stored < weight.numel() * 7 / 8:  # above, codes outgrow a byte, and memory soars
+            assert 0.75 * guess.cost.resident <= fit.cost.resident
         assert guess.divergence == pytest.approx(fit.divergence, rel=0.05)
         assert FORM.fit(weight, metric, guess.setting).nbytes <= guess.cost.stored
 

@@ -27,8 +27,8 @@ from tersor.forms.packed import Packed, unpack_stream
 from tersor.metrics import Metric
 
 RUNGS = 4  # steps of a ladder to an octave: a quarter of a bit apart
-RATES = (0.1, 8.0)  # bits an entry between which a curve is drawn
-FINE = 4.5  # bits an entry above which every other step will do
+RATES = (0.1, 9.0)  # bits an entry between which a curve is drawn
+FINE, COARSE = 4.5, 6.5  # bits an entry above which every other step will do, and every fourth
 SMOOTH = 1.5  # bits an entry above which a curve may be interpolated
 LARGE = 1 << 14  # entries of a weight whose curve may be interpolated
 SPARE = 1.002  # of an interpolated size, so that few fits come out larger
@@ -173,7 +173,11 @@ class CodedForm:
 
         if settings is not None:
             return [candidate(setting) for setting in settings]
-        found = [(r, rate) for r, rate in lattice.rates(RUNGS, *RATES) if rate < FINE or r % 2 == 0]
+        found = [
+            (rung, rate)
+            for rung, rate in lattice.rates(RUNGS, *RATES)
+            if rung % (1 if rate < FINE else 2 if rate < COARSE else 4) == 0
+        ]
         ladder = [CodedSetting(_step(rung)) for rung, _ in found]
         all_of_it = weight.numel() < LARGE
         fitted = [

@@ -196,9 +196,9 @@ class IntForm:
         self.rounding = rounding
 
     def settings(self, shape: Shape) -> Iterable[IntSetting]:
-        """The ladder: few bits in several group sizes, many bits in whole rows."""
+        """The ladder: few bits, and the most, in several group sizes, those between in whole rows."""
         for bits in (2, 3, 4, 5, 6, 8):
-            sizes = (None,) if bits > 4 else (None, 64, 32)
+            sizes = {5: (None,), 6: (None,), 8: (None, 32)}.get(bits, (None, 64, 32))
             for size in sizes:
                 if size is None or size < shape[1]:
                     yield IntSetting(bits, size, symmetric=size is None, rounding=self.rounding)
