@@ -19,7 +19,7 @@ from typing import Any
 
 import tersor
 from models import NAMES
-from peers import lowrank
+from peers import lowrank, page
 from peers.ours import Ours, source_digest
 from peers.running import divergences_of, row_of
 from peers.settings import settings_of
@@ -133,6 +133,8 @@ def main() -> None:
         found = measured(name, tuple(given.tools.split(",")), given.samples, given.again)
         write_text(RESULTS / f"peers-{name}.json", json.dumps(found, indent=1) + "\n")
         print(f"written to peers-{name}.json", flush=True)
+    page.write()
+    print("written to docs/benchmarks.md")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ import numpy as np
 from safetensors.torch import load_file
 
 from judging import mean_of
+from peers.equal import whole_bytes
 from peers.settings import label_of
 from peers.setup import ENVIRONMENTS, HERE, python_of, requirements_of
 from peers.subject import Subject
 
 SECONDS = 3600
+LEAST = 0.1  # of the file; a peer that touches less has not compressed the model
 
 
 def row_of(subject: Subject, peer: str, setting: dict[str, Any], again: bool = False) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def row_of(subject: Subject, peer: str, setting: dict[str, Any], again: bool = F
     if kept.exists():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf8"))
         if not (again and "failed" in found):
-            return found
+            return {**found, "label": row["label"]}
     folder.mkdir(parents=True, exist_ok=True)
     task = {
         "model": subject.description(), "setting": setting, "seed": 0, "batch_size": subject.known.batch_size,
@@ -57,11 +59,6 @@ def divergences_of(subject: Subject, row: dict[str, Any]) -> np.ndarray:
     return found
 
 
-def whole_bytes(file_bytes: int, touched_bytes: int, stored: int) -> int:
-    """The file with the touched parameters as the peer stores them and all else as it was."""
-    return file_bytes - touched_bytes + stored
-
-
 def _judged(subject: Subject, folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "result.json").read_text(encoding="utf8"))
     with subject.holding(load_file(folder / "weights.safetensors")):
@@ -71,6 +68,8 @@ def _judged(subject: Subject, folder: Path) -> dict[str, Any]:
     np.save(folder / "divergences.npy", values)
     (folder / "weights.safetensors").unlink()
     touched = subject.bytes_of(result["touched"])
+    if touched < LEAST * subject.file_bytes:
+        return {"failed": f"it quantised {touched / subject.file_bytes:.1%} of the weights only"}
     return {
         **result,
         "touched_bytes": touched,
