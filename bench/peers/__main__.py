@@ -90,7 +90,9 @@ def measured(name: str, tools: tuple[str, ...], samples: int | None, again: bool
             others = divergences_of(subject, row)
             for what, touched in (("whole", None), ("touched", row["touched"])):
                 row[what] = ours.beside(row["bytes"], touched, others)
+            row["touched"] = len(row["touched"])
             print(beside(row), flush=True)
+        row.pop("folder", None)
     sizes = [size for bits in NOMINAL if (size := _nearest(rows, subject.file_bytes, bits)) is not None]
     low_rank = []
     for row in lowrank.rows_at(ours.opened, subject.judge, sizes, ours.folder):

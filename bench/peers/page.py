@@ -87,12 +87,12 @@ def sizes_table(found: dict[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for cell in against_best(found):
         ours = " | ".join(
-            f"{cell[menu]:.5f} | {cell[menu] / cell['divergence']:.3f}" if cell[menu] is not None else "cannot | "
+            f"{cell[menu]:.3g} | {cell[menu] / cell['divergence']:.3f}" if cell[menu] is not None else "cannot | "
             for menu in ("at rest", "resident")
         )
         yield (
-            f"| {cell['bytes'] / found['bytes']:.2%} | {cell['tool']} | {cell['divergence']:.5f} | {ours} "
-            f"| {cell['limit']:.5f} |"
+            f"| {cell['bytes'] / found['bytes']:.2%} | {cell['tool']} | {cell['divergence']:.3g} | {ours} "
+            f"| {cell['limit']:.3g} |"
         )
 
 
@@ -123,7 +123,7 @@ def lowrank_table(found: dict[str, Any]) -> Iterator[str]:
         if "failed" in row:
             continue
         ours = " | ".join(
-            f"{row['whole'][menu]['divergence']['value']:.5f}" if "divergence" in row["whole"][menu] else "cannot"
+            f"{row['whole'][menu]['divergence']['value']:.3g}" if "divergence" in row["whole"][menu] else "cannot"
             for menu in ("at rest", "resident")
         )
         yield (
@@ -194,8 +194,8 @@ def _reason(row: dict[str, Any], cell: dict[str, Any]) -> str:
     """What the figures themselves say of a cell that falls short."""
     predicted, measured = cell["predicted"], cell["divergence"]["value"]
     if measured > 1.5 * predicted:
-        return f"The plan was predicted to lose {predicted:.5f} and loses {measured:.5f}."
-    return f"The plan loses {measured:.5f}, as predicted ({predicted:.5f}): the forms themselves are behind."
+        return f"The plan was predicted to lose {predicted:.3g} and loses {measured:.3g}."
+    return f"The plan loses {measured:.3g}, as predicted ({predicted:.3g}): the forms themselves are behind."
 
 
 def _ratio(cell: dict[str, Any]) -> str:
@@ -203,8 +203,7 @@ def _ratio(cell: dict[str, Any]) -> str:
 
 
 def _estimate(found: dict[str, float]) -> str:
-    digits = 5 if found["value"] < 0.02 else 4
-    return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **found)
+    return "{value:.3g} [{low:.3g}, {high:.3g}]".format(**found)
 
 
 def _memory(row: dict[str, Any]) -> str:
