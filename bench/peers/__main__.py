@@ -88,9 +88,9 @@ def measured(name: str, tools: tuple[str, ...], samples: int | None, again: bool
     for row in rows:
         if "failed" not in row:
             others = divergences_of(subject, row)
-            for what, touched in (("whole", None), ("touched", row["touched"])):
-                row[what] = ours.beside(row["bytes"], touched, others)
-            row["touched"] = len(row["touched"])
+            names = row.pop("touched")
+            row |= {"parameters": len(names), "whole": ours.beside(row["bytes"], None, others)}
+            row["touched"] = ours.beside(row["bytes"], names, others)
             print(beside(row), flush=True)
         row.pop("folder", None)
     sizes = [size for bits in NOMINAL if (size := _nearest(rows, subject.file_bytes, bits)) is not None]

@@ -184,18 +184,20 @@ def _short(found: dict[str, Any]) -> Iterator[str]:
             if "ratio" not in cell:
                 yield f"{where}: {_plain(cell['note'])}"
             elif cell["ratio"]["value"] > 1:
-                yield f"{where}: {cell['ratio']['value']:.2f}. {_reason(row, cell)}"
+                yield f"{where}: {cell['ratio']['value']:.2f}. {_reason(cell, what)}"
 
 
 WHAT = {"whole": "file", "touched": "weights"}
 
 
-def _reason(row: dict[str, Any], cell: dict[str, Any]) -> str:
+def _reason(cell: dict[str, Any], what: str) -> str:
     """What the figures themselves say of a cell that falls short."""
-    predicted, measured = cell["predicted"], cell["divergence"]["value"]
+    predicted, measured, left = cell["predicted"], cell["divergence"]["value"], cell["forms"].get("untouched", 0)
+    if what == "whole" and left:
+        return f"The plan has bytes to leave {left} sites as they are: finer settings of its forms are lacking."
     if measured > 1.5 * predicted:
         return f"The plan was predicted to lose {predicted:.3g} and loses {measured:.3g}."
-    return f"The plan loses {measured:.3g}, as predicted ({predicted:.3g}): the forms themselves are behind."
+    return f"The plan loses {measured:.3g}, as predicted ({predicted:.3g}): its forms themselves are behind."
 
 
 def _ratio(cell: dict[str, Any]) -> str:

@@ -49,11 +49,8 @@ def _llmcompressor(groups: tuple[int, ...]) -> Settings:
 
 
 def _gptqmodel(groups: tuple[int, ...]) -> Settings:
-    return _grid((8,), groups, method="gptq") + [
-        {"method": method, "bits": bits, "group": 32, **extra}
-        for bits in (4, 3, 2)
-        for method, extra in (("gptq", {}), ("eora", {"rank": 16}))
-    ]
+    gptq = _grid((8,), groups, method="gptq") + _grid((4, 3, 2), (32,), method="gptq")
+    return [*gptq, {"method": "eora", "bits": 3, "group": 32, "rank": 16}]
 
 
 def _auto_round(groups: tuple[int, ...]) -> Settings:

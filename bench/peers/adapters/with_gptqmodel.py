@@ -15,7 +15,8 @@ def main() -> None:
         raise SystemExit("UnsupportedError: it takes Hugging Face models only.")
     asked, saved, lora = task.setting, task.folder / "saved", task.folder / "lora"
     config = QuantizeConfig(bits=asked["bits"], group_size=asked["group"], device="cpu")
-    model = GPTQModel.load(task.model["folder"], config, dtype=torch.float32)
+    dtype = torch.bfloat16 if "rank" in asked else torch.float32  # EoRA takes no other
+    model = GPTQModel.load(task.model["folder"], config, dtype=dtype)
     samples = [{k: v[0].tolist() for k, v in sample.items()} for sample in task.samples()]
     options = {"calibration_sort": None, "batch_size": task.batches[0]["input_ids"].shape[0]}
     if "rank" in asked:
