@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import tersor
 from models import NAMES
 from peers import lowrank, page
 from peers.ours import Ours, source_digest
+from peers.processes import watched
 from peers.running import divergences_of, row_of
 from peers.settings import settings_of
 from peers.setup import PEERS
@@ -31,6 +31,7 @@ from tersor.steps import open_study
 SCRATCH = Path(__file__).parents[1] / ".peers"
 RESULTS = Path(__file__).parents[1] / "results"
 NOMINAL = (8, 4, 3, 2)
+DAY = 86400
 
 
 def machine() -> dict[str, Any]:
@@ -72,7 +73,11 @@ def ours_of(subject: Subject, rows: list[dict[str, Any]], run: Path) -> tuple[Ou
         target = run.with_name(f"{run.name}-{job}.json")
         if not target.exists():
             command = [sys.executable, "-m", "peers.job", job, subject.name, str(run), str(target), str(number)]
-            subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+            code, peak = watched(command, Path(__file__).parents[1], os.environ, None, DAY)
+            if code != 0:
+                sys.exit(f"The {job} of {subject.name} failed.")
+            found = json.loads(target.read_text(encoding="utf8"))
+            write_text(target, json.dumps({**found, "peak_memory": peak}))
         spent[job] = json.loads(target.read_text(encoding="utf8"))
     return Ours(subject, open_study(subject.model, run), run.with_name(f"{run.name}-cells")), spent
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 
 from judging import mean_of
 from peers.equal import whole_bytes
+from peers.processes import watched
 from peers.settings import label_of
 from peers.setup import ENVIRONMENTS, HERE, python_of, requirements_of
 from peers.subject import Subject
@@ -46,8 +45,8 @@ def row_of(subject: Subject, peer: str, setting: dict[str, Any], again: bool = F
         "calibration": str(subject.calibration),
     }  # fmt: skip
     (folder / "task.json").write_text(json.dumps(task, indent=1), encoding="utf8")
-    trouble = _run([str(python_of(peer)), str(adapter), str(folder)], folder)
-    row |= {"failed": trouble} if trouble else _judged(subject, folder)
+    trouble, peak = _run([str(python_of(peer)), str(adapter), str(folder)], folder)
+    row |= {"failed": trouble} if trouble else {**_judged(subject, folder), "peak_memory": peak}
     row["folder"] = folder.name
     kept.write_text(json.dumps(row, indent=1), encoding="utf8")
     return row
@@ -86,30 +85,21 @@ def _key(subject: Subject, setting: dict[str, Any], *files: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _run(command: list[str], folder: Path) -> str | None:
-    """Run an adapter; what went wrong in one line, or None. Its output is kept in the folder."""
+def _run(command: list[str], folder: Path) -> tuple[str | None, int]:
+    """Run an adapter: what went wrong in one line, or None, and its peak memory. Its output is kept in the folder."""
     (folder / "result.json").unlink(missing_ok=True)
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": "2",
         "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "",
     }  # fmt: skip
-    binaries = Path(command[0]).parent
+    binaries, log = Path(command[0]).parent, folder / "log.txt"
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    with (folder / "log.txt").open("w", encoding="utf8") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
-        )
-        try:
-            code = process.wait(SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(stop, KeyboardInterrupt):
-                raise
-            return f"took longer than {SECONDS} seconds"
+    code, peak = watched(command, folder, environment, log, SECONDS)
+    if code is None:
+        return f"took longer than {SECONDS} seconds", peak
     if code == 0 and (folder / "result.json").exists():
-        return None
-    return reason_in((folder / "log.txt").read_text(encoding="utf8", errors="replace"), code)
+        return None, peak
+    return reason_in(log.read_text(encoding="utf8", errors="replace"), code), peak
 
 
 def reason_in(log: str, code: int) -> str:

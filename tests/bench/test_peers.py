@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import tersor
 from peers.adapters import task
 from peers.equal import best_at, bits_of, interpolated, whole_bytes
 from peers.ours import plan_at
+from peers.processes import watched
 from peers.running import reason_in
 from peers.settings import label_of, settings_of
 from peers.setup import PEERS, requirements_of
@@ -93,3 +96,14 @@ def test_the_reason_of_a_failure_is_the_last_error_that_the_log_names() -> None:
     log = "loading\nTraceback\nValueError: 35 is odd\n  at the end\n"
     assert reason_in(log, 1) == "ValueError: 35 is odd"
     assert reason_in("", 137) == "ended with 137"
+
+
+def test_memory_is_that_of_a_command_and_its_children_and_too_long_is_told(tmp_path: Path) -> None:
+    held = "import subprocess, sys, time; kept = bytearray(120 << 20); time.sleep(1)"
+    both = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}])"
+    code, peak = watched([sys.executable, "-c", both], tmp_path, os.environ, None, 60)
+    assert code == 0
+    assert 120 << 20 < peak < 400 << 20
+    slow = [sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)"]
+    assert watched(slow, tmp_path, os.environ, tmp_path / "log.txt", 2)[0] is None
+    assert (tmp_path / "log.txt").read_text() == "here\n"
