@@ -175,6 +175,13 @@ def _summary_row(name: str, what: str, menu: str, cells: list[tuple[float, bool]
 
 def _short(found: dict[str, Any]) -> Iterator[str]:
     """A line for every cell in which a peer does less damage, or that Tersor cannot reach."""
+    for cell in against_best(found):
+        for menu in ("at rest", "resident"):
+            if cell[menu] is not None and cell[menu] > cell["divergence"]:
+                yield (
+                    f"- {found['model']}, a file of {cell['bytes'] / found['bytes']:.2%}, {menu}, against the best "
+                    f"peer there, {cell['tool']}: {cell[menu] / cell['divergence']:.2f}."
+                )
     for row in found["rows"]:
         if "failed" in row:
             continue
