@@ -14,24 +14,19 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from models import NAMES, Reference, reference
+from judging import Judge
+from models import NAMES, reference
 from tersor.build.fits import fit_choice, fits_of
 from tersor.build.interaction import applied
 from tersor.build.layout import Layout
 from tersor.curves.draw import UNUSED, identity_metric, site_metrics
 from tersor.errors import UnreachableBudget
 from tersor.forms import IntSetting, LowRankSetting, as_values, form_named
-from tersor.judge.intervals import bootstrap
 from tersor.metrics import Metric, Side
 from tersor.models import Site
-from tersor.models.compare import Reference as Outputs
 from tersor.observe.store import file_of
 from tersor.plan import Choice
 from tersor.steps import Study, limit_of
@@ -82,7 +77,7 @@ def metrics_for(opened: Study, site: Site, kind: str) -> list[Metric]:
     return [Metric("identity", plain.rows, Side(plain.columns.moment), 1.0)] * site.stack
 
 
-def measure_uniform(opened: Study, held: Outputs, known: Reference, kind: str, choices: list[Choice]) -> dict[str, Any]:
+def measure_uniform(opened: Study, judge: Judge, kind: str, choices: list[Choice]) -> dict[str, Any]:
     module = opened.model.module
     kept = [(site.parameter(module), site.parameter(module).data) for site in opened.sites]
     fits = [
@@ -92,23 +87,14 @@ def measure_uniform(opened: Study, held: Outputs, known: Reference, kind: str, c
     try:
         for site, fit in zip(opened.sites, fits, strict=True):
             site.parameter(module).data = site.to_parameter(fit.matrices()).contiguous()
-        return _measured(opened, held, known)
+        return judge.measured()
     finally:
         for parameter, data in kept:
             parameter.data = data
 
 
-def _measured(opened: Study, held: Outputs, known: Reference) -> dict[str, Any]:
-    values = held.divergences()
-    scores = known.score(opened.model)
-    return {
-        "divergence": asdict(bootstrap(lambda i: float(values[i].mean()), len(values))),
-        "score": asdict(bootstrap(lambda i: known.summarise(scores, i), len(scores), resamples=400)),
-    }
-
-
 def rows_at(
-    opened: Study, held: Outputs, known: Reference, budget: str, forms: list[str] | None, kept: dict[str, Any]
+    opened: Study, judge: Judge, budget: str, forms: list[str] | None, kept: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The rows of Tersor's plans and of all baselines at one budget; `kept` has what other budgets measured."""
     layout = Layout.from_json(opened.run.get("layout"))
@@ -125,7 +111,7 @@ def rows_at(
             pass
         seconds = time.perf_counter() - start
         with applied(opened.run, opened.model, opened.sites, plan.choices):
-            found = _measured(opened, held, known)
+            found = judge.measured()
         least = None if bound is None else bound.divergence(plan.stored)
         row = {"tool": tool, "bytes": plan.stored, "predicted": plan.divergence, "limit": least, "seconds": seconds}
         yield {**row, **found}
@@ -141,7 +127,7 @@ def rows_at(
         size, choices = max(fitting, key=lambda entry: entry[0])
         key = f"{name} {size}"
         if key not in kept:
-            kept[key] = measure_uniform(opened, held, known, kind, choices)
+            kept[key] = measure_uniform(opened, judge, kind, choices)
         yield {"tool": name, "bytes": size, "setting": choices[1].label, **kept[key]}
 
 
@@ -172,12 +158,9 @@ def main() -> None:
     start = time.perf_counter()
     opened = known.study(run, given.samples)
     print(f"{known.name}: {opened.stored_bytes:,} bytes, study {time.perf_counter() - start:.0f} s", flush=True)
-    batches = opened.model.batches(known.held_out, known.held_out_samples, known.sequence_length, known.batch_size)
-    with torch.no_grad():
-        held = Outputs(opened.model, batches)
-        scores = known.score(opened.model)
-    everything = np.arange(len(scores))
-    print(f"  original: {known.score_name} {known.summarise(scores, everything):.3f}", flush=True)
+    judge = Judge.of(known, opened.model)
+    original = judge.score()["value"]
+    print(f"  original: {known.score_name} {original:.3f}", flush=True)
     cells: list[dict[str, Any]] = []
     kept: dict[str, Any] = {}
     forms = None if given.forms is None else given.forms.split(",")
@@ -185,7 +168,7 @@ def main() -> None:
         print(f"{budget}: bytes, share, divergence, {known.score_name}")
         try:
             rows = []
-            for row in rows_at(opened, held, known, budget, forms, kept):
+            for row in rows_at(opened, judge, budget, forms, kept):
                 print(shown(row, opened.stored_bytes), flush=True)
                 rows.append(row)
         except UnreachableBudget as error:
@@ -196,7 +179,6 @@ def main() -> None:
         if others and rows[0]["bytes"] is not None:
             print(f"  against the best uniform one: {rows[0]['divergence']['value'] / min(others) - 1:+.0%} divergence")
     RESULTS.mkdir(exist_ok=True)
-    original = known.summarise(scores, everything)
     target = RESULTS / f"budgets-{known.name}.json"
     target.write_text(
         json.dumps({"model": known.name, "bytes": opened.stored_bytes, "original": original, "cells": cells}, indent=1)

@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 from pathlib import Path
-
 from pydoc_data import topics
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
