@@ -10,7 +10,6 @@ STYLES = {
     "llmcompressor gptq": ("#0072b2", "o"),
     "llmcompressor awq": ("#56b4e9", "v"),
     "gptqmodel gptq": ("#009e73", "s"),
-    "gptqmodel eora": ("#44aa99", "P"),
     "auto-round": ("#cc79a7", "D"),
     "hqq": ("#e69f00", "^"),
     "modelopt": ("#882255", "X"),
