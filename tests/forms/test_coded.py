@@ -15,6 +15,7 @@ from torch import nn
 from tersor.coding import Coded, StreamError, decode
 from tersor.errors import TersorError
 from tersor.forms import CodedForm, CodedSetting, IntForm, IntSetting, stacked
+from tersor.forms import coded as coded_form
 from tersor.forms.coded import Packed
 from tersor.metrics import Metric, Side
 from tersor.plan.solve import Option, solve
@@ -234,3 +235,19 @@ def test_stacks_keep_a_size_for_every_matrix() -> None:
 def test_settings_that_make_no_sense_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(TersorError, match=message):
         FORM.setting(values)
+
+
+def test_a_table_is_drawn_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(3000, 32)
+    frequencies = 1 / torch.arange(1, 3001, dtype=torch.float64)
+    metric = Metric("kronecker", Side(frequencies + 0.1 * frequencies.mean()), moments(8, 32).columns)
+    whole = FORM.curve(weight, metric)
+    monkeypatch.setattr(coded_form, "SAMPLED", 1000)
+    sampled = {c.setting: c for c in FORM.curve(weight, metric)}
+    assert len(sampled) == len(whole)
+    for candidate in whole:
+        guess = sampled.get(candidate.setting)
+        if guess is not None and 8 * candidate.cost.stored > weight.numel():
+            assert guess.cost.stored == pytest.approx(candidate.cost.stored, rel=0.02)
+            assert guess.divergence == pytest.approx(candidate.divergence, rel=0.02)
+            assert FORM.fit(weight, metric, guess.setting).nbytes <= guess.cost.stored

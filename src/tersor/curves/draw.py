@@ -171,29 +171,62 @@ def fit_site(form: Form, weights: Tensor, metrics: list[Metric], setting: Any) -
     return [form.fit(w, m, s) for w, m, s in zip(weights, metrics, settings, strict=True)]
 
 
-def probe_gains(run: Run, model: Model, site: Site, reference: Reference, forms: Sequence[str]) -> None:
-    """Measure one probe a form at a site on held-back batches, and keep measured over predicted as its gain there.
+def probe_gains(
+    run: Run,
+    model: Model,
+    sites: Sequence[Site],
+    reference: Reference,
+    forms: Sequence[str],
+    workers: int | None = None,
+) -> Iterator[str]:
+    """Measure one probe a form at every site on held-back batches; measured over predicted is its gain there.
 
-    `gain` is that of `int`, which forms without a probe of their own borrow; 1 where nothing is seen.
+    Probes are fitted by workers while others are measured. `gain` is that of `int`, which forms without a probe of
+    their own borrow; 1 where nothing is seen. Yields the name of every site when its gains are stored.
     """
-    found = run.get(f"gain/{site.name}", {"predicted": 0.0, "measured": 0.0, "gain": 1.0, "by_form": {}})
-    metrics = site_metrics(run, site)
-    drawn = list(run.candidates(site.name))
-    for name in dict.fromkeys(("int", *forms)):
-        probe = form_named(name).probe(site.shape, [_of_one(c, site.stack) for c in drawn if c.form == name])
-        if name in found["by_form"] or probe is None or metrics[0].scale == 0:
-            continue
-        weights = site.matrices(model.module)
-        operators = fit_site(form_named(name), weights.cpu(), metrics, probe)
-        new = torch.stack([op.dense() for op in operators])
-        predicted = sum(m.distance(w - n) for m, w, n in zip(metrics, weights.cpu(), new, strict=True))
-        with substituted(model, site, new):
-            measured = reference.divergence()
-        gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
-        found["by_form"][name] = gain
-        if name == "int":
-            found |= {"predicted": predicted, "measured": measured, "gain": gain}
-    run.put(f"gain/{site.name}", found)
+
+    def units() -> Iterator[tuple[Site, Callable[[], tuple[Any, ...]]]]:
+        for site in sites:
+            probes = _missing_probes(run, site, forms)
+            if probes:
+                yield site, partial(_probe_arguments, run, model, site, probes)
+
+    for site, fits in map_units(fit_probes, units(), workers):
+        found = run.get(f"gain/{site.name}", {"predicted": 0.0, "measured": 0.0, "gain": 1.0, "by_form": {}})
+        for name, (new, predicted) in fits.items():
+            with substituted(model, site, new):
+                measured = reference.divergence()
+            gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
+            found["by_form"][name] = gain
+            if name == "int":
+                found |= {"predicted": predicted, "measured": measured, "gain": gain}
+        run.put(f"gain/{site.name}", found)
+        yield site.name
+
+
+def _missing_probes(run: Run, site: Site, forms: Sequence[str]) -> dict[str, Any]:
+    """The probes that are not measured yet, by form; none for a site that the model does not use."""
+    if site.name in run.get("unused_sites", ()):
+        return {}
+    known, drawn = run.get(f"gain/{site.name}", {"by_form": {}})["by_form"], list(run.candidates(site.name))
+    curves = {
+        name: [_of_one(c, site.stack) for c in drawn if c.form == name] for name in dict.fromkeys(("int", *forms))
+    }
+    probes = {name: form_named(name).probe(site.shape, curve) for name, curve in curves.items() if name not in known}
+    return {name: probe for name, probe in probes.items() if probe is not None}
+
+
+def _probe_arguments(run: Run, model: Model, site: Site, probes: dict[str, Any]) -> tuple[Any, ...]:
+    return site.matrices(model.module).cpu(), site_metrics(run, site), probes
+
+
+def fit_probes(weights: Tensor, metrics: list[Metric], probes: dict[str, Any]) -> dict[str, tuple[Tensor, float]]:
+    """The matrices of every probe, by form, and the divergence predicted for them."""
+    made = {}
+    for name, probe in probes.items():
+        new = torch.stack([op.dense() for op in fit_site(form_named(name), weights, metrics, probe)])
+        made[name] = new, sum(m.distance(w - n) for m, w, n in zip(metrics, weights, new, strict=True))
+    return made
 
 
 def _of_one(candidate: Candidate, count: int) -> Candidate:

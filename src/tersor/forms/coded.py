@@ -34,6 +34,7 @@ LARGE = 1 << 14  # entries of a weight whose curve may be interpolated
 SPARE = 1.002  # of an interpolated size, so that few fits come out larger
 COARSENINGS = 32  # steps tried before a promised size is given up
 PROBED = 3.0  # bits an entry of the probe
+SAMPLED = 8192  # rows of a table that stand for all of it in a curve
 BLOCK = 1 << 22  # entries that are decoded at a time where a product allows it
 
 
@@ -164,6 +165,8 @@ class CodedForm:
 
         The rest is interpolated.
         """
+        if settings is None and metric.rows.is_diagonal and len(weight) >= 2 * SAMPLED:
+            return self._sampled_curve(weight, metric)
         lattice = Lattice.of(weight, metric)
 
         def candidate(setting: CodedSetting) -> Candidate:
@@ -186,6 +189,20 @@ class CodedForm:
             if all_of_it or rate < SMOOTH or number % 2 == 0 or number == len(ladder) - 1
         ]
         return _interpolated(fitted, ladder)
+
+    def _sampled_curve(self, weight: Tensor, metric: Metric) -> list[Candidate]:
+        """The curve of a table from `SAMPLED` of its rows: they do not feel one another, so what they cost adds up."""
+        index = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(weight))[:SAMPLED]))
+        share = len(weight) / len(index)
+
+        def whole(candidate: Candidate) -> Candidate:
+            setting: CodedSetting = candidate.setting  # type: ignore[assignment]
+            stored, resident = (math.ceil(SPARE * share * (size or 0)) for size in (setting.stored, setting.resident))
+            setting = replace(setting, stored=stored, resident=resident)
+            cost = cost_of(self, (weight.shape[0], weight.shape[1]), setting)
+            return Candidate(self.name, setting, cost, share * candidate.divergence)
+
+        return [whole(candidate) for candidate in self.curve(weight[index], metric.of_rows(index))]
 
     def fit(self, weight: Tensor, metric: Metric, setting: CodedSetting) -> CodedOperator:
         return _fit(Lattice.of(weight, metric), setting)

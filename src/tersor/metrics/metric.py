@@ -146,6 +146,12 @@ class Metric:
         """The inverse of `whiten`; float64."""
         return self.columns.unwhiten(self.rows.unwhiten(whitened).T).T
 
+    def of_rows(self, index: Tensor) -> Metric:
+        """The metric of some rows of the weight, where rows do not feel one another."""
+        judge = None if self.judged_by is None else self.judged_by.of_rows(index)
+        rows = Side(self.rows.moment[index.to(self.rows.moment.device)])
+        return Metric(self.kind, rows, self.columns, self.scale, judge)
+
     def damped(self, rows: float, columns: float) -> Metric:
         """The metric with its two moments damped by these shares of their mean diagonals."""
         judge = self if self.judged_by is None else self.judged_by

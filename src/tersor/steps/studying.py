@@ -106,9 +106,10 @@ def study(
     if gains:
         start = time.perf_counter()
         reference = Reference(opened.model, check)
-        for number, site in enumerate(opened.sites):
-            progress("probe", site.name, number, len(opened.sites))
-            probe_gains(opened.run, opened.model, site, reference, forms)
+        progress("probe", "gains of all sites", 0, len(opened.sites))
+        gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
+        for number, name in enumerate(gained, 1):
+            progress("probe", name, number, len(opened.sites))
         measure_interaction(
             opened.run,
             opened.model,
