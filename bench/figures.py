@@ -56,7 +56,8 @@ def budget_table(found: dict[str, Any]) -> Iterator[str]:
 def prediction_table(name: str, found: dict[str, Any]) -> Iterator[str]:
     rows = [r for r in found["single"] if r["measured"] > 1e-9]
     yield f"\n## {name}: predicted against measured\n"
-    yield f"`script/bench prediction {name}`. {len(rows)} candidates at single sites; ratio: measured / predicted.\n"
+    more = f" --samples {found['samples']}" if found.get("samples") else ""
+    yield f"`script/bench prediction {name}{more}`. {len(rows)} candidates at single sites; ratio: measured / predicted.\n"
     yield f"| metric | rank correlation | median ratio | quartiles | {' | '.join(FORMS)} |"
     yield "| --- | --- | --- | --- |" + " --- |" * len(FORMS)
     for kind in rows[0]["predicted"]:
@@ -110,6 +111,25 @@ def coded_tables(found: dict[str, Any]) -> Iterator[str]:
     for number, model in enumerate(cells[0]["models"]):
         values = " | ".join(f"{cell['models'][number]['bits']:.3f}" for cell in cells)
         yield f"| {model['name']} | {values} |"
+
+
+def ablation_table(name: str, found: dict[str, Any]) -> Iterator[str]:
+    """What a plan does without each lever, as a multiple of what it does with all of them."""
+    yield f"\n## {name}: what each lever is worth\n"
+    yield (
+        f"`script/bench ablation {name}`, at {found['budget']} of the original, by bytes of the file and by bytes in "
+        "memory. `x` is the divergence over that of the first row of its kind; the planner does its best without.\n"
+    )
+    yield "| bytes | plan | share | divergence | x |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in found["rows"]:
+        if "divergence" not in row:
+            yield f"| {row['family']} | {row['lever']} | cannot: {row['note']} | | |"
+            continue
+        d = row["divergence"]
+        share = row["stored"] / found["bytes"] * float(found["budget"].rstrip("%"))
+        figures = f"{share:.2f}% | {d['value']:.4f} [{d['low']:.4f}, {d['high']:.4f}] | {row['times']:.2f}"
+        yield f"| {row['family']} | {row['lever']} | {figures} |"
 
 
 def runtime_table(found: dict[str, Any]) -> Iterator[str]:
@@ -172,6 +192,10 @@ def main() -> None:
             if path.exists():
                 found = json.loads(path.read_text(encoding="utf8"))
                 lines += budget_table(found) if kind == "budgets" else prediction_table(name, found)
+    for name in NAMES:
+        path = RESULTS / f"ablation-{name}.json"
+        if path.exists():
+            lines += ablation_table(name, json.loads(path.read_text(encoding="utf8")))
     once = {"coded-babyllama": coded_tables, **{f"runtime-{n}": runtime_table for n in NAMES}}
     for name, table in {**once, "coding-speed": speed_tables}.items():
         path = RESULTS / f"{name}.json"

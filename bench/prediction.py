@@ -120,7 +120,7 @@ def main() -> None:
     plans = whole_plans(opened, held, budgets)
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"prediction-{given.model}.json"
-    target.write_text(json.dumps({"single": rows, "plans": plans}, indent=1))
+    target.write_text(json.dumps({"samples": given.samples, "single": rows, "plans": plans}, indent=1))
     print(f"written to {target.name}")
 
 
