@@ -57,7 +57,8 @@ def prediction_table(name: str, found: dict[str, Any]) -> Iterator[str]:
     rows = [r for r in found["single"] if r["measured"] > 1e-9]
     yield f"\n## {name}: predicted against measured\n"
     more = f" --samples {found['samples']}" if found.get("samples") else ""
-    yield f"`script/bench prediction {name}{more}`. {len(rows)} candidates at single sites; ratio: measured / predicted.\n"
+    command = f"`script/bench prediction {name}{more}`"
+    yield f"{command}. {len(rows)} candidates at single sites; ratio: measured / predicted.\n"
     yield f"| metric | rank correlation | median ratio | quartiles | {' | '.join(FORMS)} |"
     yield "| --- | --- | --- | --- |" + " --- |" * len(FORMS)
     for kind in rows[0]["predicted"]:
