@@ -69,7 +69,7 @@ Forms = Annotated[
     str | None,
     typer.Option(
         metavar="NAME,...",
-        help="Forms to choose from; by default all but portable, which others can read.",
+        help="Forms to choose from; by default all but trellis (for memory budgets) and portable (for exports).",
         rich_help_panel=CHOICE,
     ),
 ]
