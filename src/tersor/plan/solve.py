@@ -20,6 +20,7 @@ from scipy.sparse import csr_matrix
 from tersor.errors import TersorError, UnreachableBudget
 
 RESOURCES = ("stored", "resident", "flops")
+TRIES = 12  # choices of HiGHS that may break a limit by a hair before all limits are tightened by one
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,30 @@ def solve(
             LinearConstraint(np.array([[getattr(o, name) for o in options]]) / scale, -np.inf, limit / scale)
         )
     cost = np.array([getattr(o, minimise) for o in options], dtype=float)
-    scale = _cost_scale(menus, minimise) if known is None else known.total(minimise)
-    with _nothing_on_stdout():
-        found = milp(
-            cost / scale,
-            constraints=constraints,
-            integrality=np.ones(len(options)),
-            bounds=Bounds(0, 1),
-            options={"time_limit": seconds, "mip_rel_gap": 1e-4},
-        )
-    if found.x is None:
-        if known is not None:
-            return known
-        if len(limits) > 1 and found.status == 2:
-            raise UnreachableBudget("No plan meets all the limits at once; loosen one of them.")
-        raise TersorError(f"The solver found no plan: {found.message}")
-    picked = Solution(tuple(options[i] for i in columns[found.x > 0.5]), max(0.0, float(found.mip_gap or 0.0)))
-    if all(picked.total(name) <= limit for name, limit in limits.items()):
-        return picked
-    # HiGHS keeps a limit to one part in a million; ours hold to the byte.
+    cost /= _cost_scale(menus, minimise) if known is None else known.total(minimise)
+    for _ in range(TRIES):
+        with _nothing_on_stdout():
+            found = milp(
+                cost,
+                constraints=constraints,
+                integrality=np.ones(len(options)),
+                bounds=Bounds(0, 1),
+                options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+            )
+        if found.x is None:
+            if known is not None:
+                return known
+            if len(limits) > 1 and found.status == 2:
+                raise UnreachableBudget("No plan meets all the limits at once; loosen one of them.")
+            raise TersorError(f"The solver found no plan: {found.message}")
+        taken = found.x > 0.5
+        picked = Solution(tuple(options[i] for i in columns[taken]), max(0.0, float(found.mip_gap or 0.0)))
+        if all(picked.total(name) <= limit for name, limit in limits.items()):
+            return picked
+        # HiGHS keeps a limit to one part in a million, ours hold to the byte: this choice is out, and it looks again.
+        constraints.append(LinearConstraint(taken[None].astype(float), -np.inf, len(menus) - 1))
+    if known is not None:
+        return known
     return solve(menus, {name: limit * (1 - 2e-6) for name, limit in limits.items()}, minimise=minimise)
 
 
