@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 64
+TILE = 96
 PRICED = 1 << 20  # entries whose prices are looked up at a time
-FREE_ROWS = 4096  # rows of a tile where they do not feel one another
+FREE_ROWS = 256  # rows of a tile where they do not feel one another
 
 
 @dataclass(frozen=True)
@@ -97,25 +97,22 @@ def _by_tiles(weight: Tensor, grid: Grid, lower_o: Tensor | None, lower_i: Tenso
     lower_i = lower_i.to(weight)
     lower_o = None if lower_o is None else lower_o.to(weight)
     rounded, error, spread = torch.empty_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)
-    nothing = torch.zeros(0, 0, dtype=weight.dtype)
-    for o in _spans(weight.shape[0], TILE if lower_o is not None else FREE_ROWS):
-        inner_o, below = nothing, None
-        if lower_o is not None:
-            inner_o = lower_o[o, o].T.contiguous()
-            below = lower_o[o.stop :, o].T @ spread[o.stop :]
+    alone = torch.zeros(0, 0, dtype=weight.dtype)
+    for o in _spans(weight.shape[0], FREE_ROWS if lower_o is None else TILE):
+        inner_o = alone if lower_o is None else lower_o[o, o].contiguous()
+        below = None if lower_o is None else lower_o[o.stop :, o].T @ spread[o.stop :]
         for i in _spans(weight.shape[1], TILE):
-            inner_i = lower_i[i, i].T.contiguous()
+            inner_i = lower_i[i, i].contiguous()
             later = error[o, i.stop :] @ lower_i[i.stop :, i]
-            target = weight[o, i] + (later if lower_o is None else inner_o @ later)
+            target = weight[o, i] + (later if lower_o is None else inner_o.T @ later)
             if below is not None:
                 target += below[:, i]
             at = (o, i)
             values = [t.numpy() for t in (target, weight[at], scale[at], zero[at])]
             made = [t.numpy() for t in (inner_o, inner_i, rounded[at], error[at])]
-            classes = prices.classes[at].numpy()
-            settle(*values, grid.low, grid.top, table, classes, *made[:2], lower_o is not None, *made[2:])  # type: ignore[arg-type,call-arg]
+            settle(*values, grid.low, grid.top, table, prices.classes[at].numpy(), *made)  # type: ignore[arg-type,call-arg]
             if lower_o is not None:
-                spread[at] = later + error[at] @ lower_i[i, i]
+                spread[at] = later + error[at] @ inner_i
     return rounded
 
 
