@@ -15,9 +15,9 @@ from torch import nn
 from tersor.coding import Coded, StreamError, decode
 from tersor.errors import TersorError
 from tersor.forms import CodedForm, CodedSetting, IntForm, IntSetting, stacked
-from tersor.forms import coded as coded_form
 from tersor.forms.coded import Packed
 from tersor.metrics import Metric, Side
+from tersor.metrics import metric as metric_module
 from tersor.plan.solve import Option, solve
 
 FORM = CodedForm()
@@ -242,7 +242,7 @@ def test_a_table_is_drawn_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch)
     frequencies = 1 / torch.arange(1, 3001, dtype=torch.float64)
     metric = Metric("kronecker", Side(frequencies + 0.1 * frequencies.mean()), moments(8, 32).columns)
     whole = FORM.curve(weight, metric)
-    monkeypatch.setattr(coded_form, "SAMPLED", 1000)
+    monkeypatch.setattr(metric_module, "SAMPLED_ROWS", 1000)
     sampled = {c.setting: c for c in FORM.curve(weight, metric)}
     assert len(sampled) == len(whole)
     for candidate in whole:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms import FORMS, Form, IntForm, IntSetting, LowRankForm, Operator, as_values, cost_of, form_named
-from tersor.metrics import Metric
+from tersor.metrics import Metric, Side
+from tersor.metrics import metric as metric_module
 
 SHAPE = (48, 72)
 Maker = Callable[..., Metric]
@@ -127,6 +128,23 @@ def test_the_curve_predicts_the_fit(form: Form, setting: Any, make_metric: Maker
     assert candidate.form == form.name and candidate.setting == setting
     assert candidate.cost == cost_of(form, SHAPE, candidate.setting) == cost_of(form, SHAPE, operator.setting)
     assert candidate.divergence == pytest.approx(whitened_distance(metric, weight, operator), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "form", [f for f in FORMS.values() if f.name in ("int", "lowrank", "int+lowrank")], ids=lambda f: f.name
+)
+def test_a_table_is_drawn_from_some_of_its_rows(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frequencies fall off as those of words do, so that the first rows do most of the damage."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4000, 32, generator=generator)
+    frequencies, mix = 1 / torch.arange(1.0, 4001.0), torch.randn(32, 40, generator=generator)
+    raw = Metric("kronecker", Side(frequencies), Side(mix @ mix.T / 40))
+    metric = raw.damped(0.1, 0.1)
+    whole = form.curve(weight, metric)
+    monkeypatch.setattr(metric_module, "SAMPLED_ROWS", 800)
+    for exact, sampled in zip(whole, form.curve(weight, metric), strict=True):
+        assert (sampled.setting, sampled.cost) == (exact.setting, exact.cost)
+        assert sampled.divergence == pytest.approx(exact.divergence, rel=0.06)
 
 
 @each_setting

@@ -29,12 +29,11 @@ from tersor.metrics import Metric
 RUNGS = 4  # steps of a ladder to an octave: a quarter of a bit apart
 RATES = (0.1, 9.0)  # bits an entry between which a curve is drawn
 FINE, COARSE = 4.5, 6.5  # bits an entry above which every other step will do, and every fourth
-SMOOTH = 1.5  # bits an entry above which a curve may be interpolated
+SMOOTH = 1.0  # bits an entry above which a curve may be interpolated
 LARGE = 1 << 14  # entries of a weight whose curve may be interpolated
 SPARE = 1.002  # of an interpolated size, so that few fits come out larger
 COARSENINGS = 32  # steps tried before a promised size is given up
 PROBED = 3.0  # bits an entry of the probe
-SAMPLED = 8192  # rows of a table that stand for all of it in a curve
 BLOCK = 1 << 22  # entries that are decoded at a time where a product allows it
 
 
@@ -165,8 +164,9 @@ class CodedForm:
 
         The rest is interpolated.
         """
-        if settings is None and metric.rows.is_diagonal and len(weight) >= 2 * SAMPLED:
-            return self._sampled_curve(weight, metric)
+        sample = metric.sampled_rows(evenly=True) if settings is None else None
+        if sample is not None:
+            return self._sampled_curve(weight, *sample)
         lattice = Lattice.of(weight, metric)
 
         def candidate(setting: CodedSetting) -> Candidate:
@@ -190,9 +190,8 @@ class CodedForm:
         ]
         return _interpolated(fitted, ladder)
 
-    def _sampled_curve(self, weight: Tensor, metric: Metric) -> list[Candidate]:
-        """The curve of a table from `SAMPLED` of its rows: they do not feel one another, so what they cost adds up."""
-        index = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(weight))[:SAMPLED]))
+    def _sampled_curve(self, weight: Tensor, index: Tensor, metric: Metric) -> list[Candidate]:
+        """The curve of a table from the rows at `index` and their metric, which already counts for all of it."""
         share = len(weight) / len(index)
 
         def whole(candidate: Candidate) -> Candidate:
@@ -200,9 +199,9 @@ class CodedForm:
             stored, resident = (math.ceil(SPARE * share * (size or 0)) for size in (setting.stored, setting.resident))
             setting = replace(setting, stored=stored, resident=resident)
             cost = cost_of(self, (weight.shape[0], weight.shape[1]), setting)
-            return Candidate(self.name, setting, cost, share * candidate.divergence)
+            return Candidate(self.name, setting, cost, candidate.divergence)
 
-        return [whole(candidate) for candidate in self.curve(weight[index], metric.of_rows(index))]
+        return [whole(candidate) for candidate in self.curve(weight[index], metric)]
 
     def fit(self, weight: Tensor, metric: Metric, setting: CodedSetting) -> CodedOperator:
         return _fit(Lattice.of(weight, metric), setting)

@@ -8,14 +8,14 @@ Groups lie along the columns, or along the rows (P435 Rethinking Channel Dimensi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Operator, Shape, bits_of, fitted_candidate, from_bits
+from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.metrics import Metric
@@ -215,7 +215,16 @@ class IntForm:
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[IntSetting] | None = None) -> list[Candidate]:
         shape: Shape = (weight.shape[0], weight.shape[1])
         ladder = self.settings(shape) if settings is None else settings
-        return [fitted_candidate(self, weight, metric, setting)[1] for setting in ladder]
+        return [self._candidate(weight, metric, setting) for setting in ladder]
+
+    def _candidate(self, weight: Tensor, metric: Metric, setting: IntSetting) -> Candidate:
+        """From a sample of the rows of a table, where each row has groups of its own."""
+        sample = metric.sampled_rows() if setting.axis == "columns" else None
+        if sample is None:
+            return fitted_candidate(self, weight, metric, setting)[1]
+        index, of_sample = sample
+        found = fitted_candidate(self, weight[index], of_sample, setting)[1]
+        return replace(found, cost=cost_of(self, (weight.shape[0], weight.shape[1]), setting))
 
     def fit(self, weight: Tensor, metric: Metric, setting: IntSetting) -> IntOperator:
         weight = weight.detach().float()

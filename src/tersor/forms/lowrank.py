@@ -8,7 +8,7 @@ Factors are 16-bit floats or themselves integers, each rounded under the metric 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,10 @@ class LowRankForm:
     ) -> list[Candidate]:
         shape: Shape = (weight.shape[0], weight.shape[1])
         found = factorise(metric.whiten(weight.detach()))
+        sample = metric.sampled_rows()
+        if sample is not None:  # the factors of all of a table, but only some rows of the left one
+            index, metric = sample
+            weight, found = weight[index], replace(found, left=found.left[index])
         candidates = []
         for setting in self.settings(shape) if settings is None else settings:
             operator = self._build(weight, metric, setting, found)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Form, Operator, Shape, fitted_candidate
+from tersor.forms.base import Candidate, Form, Operator, Shape, cost_of, fitted_candidate
 from tersor.forms.products import SumOperator
 from tersor.metrics import Metric
 
@@ -57,24 +57,18 @@ class SumForm:
         return SumOperator(self.first.empty(shape, setting.first), self.second.empty(shape, setting.second), setting)
 
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[SumSetting] | None = None) -> list[Candidate]:
-        """Settings that share their first term share its fit."""
+        """Settings that share their first term share its fit, and the curve of the second on what it leaves."""
         shape: Shape = (weight.shape[0], weight.shape[1])
         ladder = list(self.settings(shape) if settings is None else settings)
-        candidates, fitted = [], {}
-        for setting in ladder:
-            if setting.alternations:
-                candidates.append(fitted_candidate(self, weight, metric, setting)[1])
-                continue
-            if setting.first not in fitted:
-                fitted[setting.first] = weight.float() - self.first.fit(weight, metric, setting.first).dense()
-            candidates += self._with_first(fitted[setting.first], shape, metric, setting)
-        return candidates
-
-    def _with_first(self, left_over: Tensor, shape: Shape, metric: Metric, setting: SumSetting) -> list[Candidate]:
-        from tersor.forms.base import cost_of
-
-        (second,) = self.second.curve(left_over, metric, [setting.second])
-        return [Candidate(self.name, setting, cost_of(self, shape, setting), second.divergence)]
+        drawn = {s: fitted_candidate(self, weight, metric, s)[1] for s in ladder if s.alternations}
+        for first in dict.fromkeys(s.first for s in ladder if not s.alternations):
+            sharing = [s for s in ladder if s.first == first and not s.alternations]
+            left_over = weight.float() - self.first.fit(weight, metric, first).dense()
+            seconds = self.second.curve(left_over, metric, [s.second for s in sharing])
+            for setting, second in zip(sharing, seconds, strict=True):
+                cost = cost_of(self, shape, setting)
+                drawn[setting] = Candidate(self.name, setting, cost, second.divergence)
+        return [drawn[setting] for setting in ladder]
 
     def fit(self, weight: Tensor, metric: Metric, setting: SumSetting) -> Operator:
         weight = weight.detach().float()

@@ -8,7 +8,7 @@ alone, `input-diagonal` keeps the diagonal of what `input` keeps, `fisher-input`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 
+SAMPLED_ROWS = 8192  # rows that stand for all of a table where curves are drawn
 KINDS = ("identity", "diagonal", "input", "output", "kronecker", "input-diagonal", "fisher-input")
 
 
@@ -92,6 +93,11 @@ class Side:
         moment = self.moment.to(matrix.dtype)
         return moment[:, None] * matrix if self.is_diagonal else moment @ matrix
 
+    def felt(self, matrix: Tensor) -> Tensor:
+        """`matrix` (m, n) times the moment."""
+        moment = self.moment.to(matrix.dtype)
+        return matrix * moment if self.is_diagonal else matrix @ moment
+
     def whiten(self, matrix: Tensor) -> Tensor:
         """`L^T matrix` for `matrix` (n, m), in float64."""
         matrix = matrix.double()
@@ -134,9 +140,10 @@ class Metric:
         if self.judged_by is not None:
             return self.judged_by.distance(error)
         error = error.float()
-        left = self.rows.apply(error)
-        right = self.columns.apply(error.T).T
-        return self.scale * float((left * right).sum(dtype=torch.float64))
+        felt = self.columns.felt(error)
+        if self.rows.is_diagonal:
+            return self.scale * float(self.rows.moment.double() @ (felt * error).sum(1, dtype=torch.float64))
+        return self.scale * float((self.rows.apply(error) * felt).sum(dtype=torch.float64))
 
     def whiten(self, weight: Tensor) -> Tensor:
         """`L_r^T W L_c`, whose squared Frobenius norm times `scale` is `distance(W)`; float64."""
@@ -146,11 +153,34 @@ class Metric:
         """The inverse of `whiten`; float64."""
         return self.columns.unwhiten(self.rows.unwhiten(whitened).T).T
 
-    def of_rows(self, index: Tensor) -> Metric:
-        """The metric of some rows of the weight, where rows do not feel one another."""
-        judge = None if self.judged_by is None else self.judged_by.of_rows(index)
-        rows = Side(self.rows.moment[index.to(self.rows.moment.device)])
-        return Metric(self.kind, rows, self.columns, self.scale, judge)
+    def of_rows(self, index: Tensor, counts: Tensor | None = None) -> Metric:
+        """The metric of some rows of the weight, where rows do not feel one another.
+
+        With `counts` (rows,) a distance takes each for so many; fits do not see them.
+        """
+        judge = None if self.judged_by is None else self.judged_by.of_rows(index, counts)
+        rows = self.rows.moment[index.to(self.rows.moment.device)]
+        if judge is None and counts is not None:
+            judge = replace(self, rows=Side(rows * counts.to(rows)))
+        return replace(self, rows=Side(rows), judged_by=judge)
+
+    def sampled_rows(self, *, evenly: bool = False) -> tuple[Tensor, Metric] | None:
+        """Rows (k,) that stand for all of a tall weight whose rows do not feel one another, and the metric of them.
+
+        Those with the largest moments stand for themselves, a random part of the others for all of these; `evenly`, a
+        random part of all. None where rows feel one another or are few.
+        """
+        size, many = self.rows.size, SAMPLED_ROWS
+        if not self.rows.is_diagonal or size < 2 * many:
+            return None
+        order = self.rows.moment.argsort(descending=True, stable=True).cpu()
+        certain, others = order.tensor_split([0 if evenly else many // 4])
+        random = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
+        drawn = others[random[: many - len(certain)]]
+        counts = torch.ones(size)
+        counts[drawn] = len(others) / len(drawn)
+        index = torch.cat([certain, drawn]).sort().values
+        return index, self.of_rows(index, counts[index])
 
     def damped(self, rows: float, columns: float) -> Metric:
         """The metric with its two moments damped by these shares of their mean diagonals."""
