@@ -46,37 +46,40 @@ SIZES: dict[str, Any] = {
 }
 
 
-def configurations() -> dict[str, Callable[[], nn.Module]]:
+def configurations(layers: int = 1) -> dict[str, Callable[[], nn.Module]]:
     """Tiny models of the architectures that must work, by name; each call draws new weights from the seed."""
     import transformers as t
 
     def of(architecture: str, configuration: str, **values: Any) -> Callable[[], nn.Module]:
         return lambda: getattr(t, architecture)(getattr(t, configuration)(**values))
 
-    decoder = {**SIZES, "num_key_value_heads": 2}
+    sizes = {**SIZES, "num_hidden_layers": layers}
+    decoder = {**sizes, "num_key_value_heads": 2}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     return {
         "llama-tied": of("LlamaForCausalLM", "LlamaConfig", **decoder, tie_word_embeddings=True),
         "mistral": of("MistralForCausalLM", "MistralConfig", **decoder),
-        "gpt2": of("GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64),
+        "gpt2": of(
+            "GPT2LMHeadModel", "GPT2Config", n_embd=64, n_layer=layers, n_head=4, vocab_size=128, n_positions=64
+        ),
         "qwen2": of("Qwen2ForCausalLM", "Qwen2Config", **decoder),
         "qwen3": of("Qwen3ForCausalLM", "Qwen3Config", **decoder, head_dim=16, tie_word_embeddings=True),
-        "gpt-neox": of("GPTNeoXForCausalLM", "GPTNeoXConfig", **SIZES),
+        "gpt-neox": of("GPTNeoXForCausalLM", "GPTNeoXConfig", **sizes),
         "opt": of(
-            "OPTForCausalLM", "OPTConfig", hidden_size=64, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4,
+            "OPTForCausalLM", "OPTConfig", hidden_size=64, ffn_dim=64, num_hidden_layers=layers, num_attention_heads=4,
             vocab_size=128, max_position_embeddings=64, word_embed_proj_dim=64,
         ),
-        "gemma": of("GemmaForCausalLM", "GemmaConfig", **{**SIZES, "num_key_value_heads": 1}, head_dim=16),
+        "gemma": of("GemmaForCausalLM", "GemmaConfig", **{**sizes, "num_key_value_heads": 1}, head_dim=16),
         "t5": of(
-            "T5ForConditionalGeneration", "T5Config", d_model=64, d_ff=64, d_kv=16, num_layers=1, num_heads=4,
+            "T5ForConditionalGeneration", "T5Config", d_model=64, d_ff=64, d_kv=16, num_layers=layers, num_heads=4,
             vocab_size=128, decoder_start_token_id=0,
         ),
-        "bert": of("BertModel", "BertConfig", **SIZES),
-        "bert-masked": of("BertForMaskedLM", "BertConfig", **SIZES),
-        "bert-classifier": of("BertForSequenceClassification", "BertConfig", **SIZES, num_labels=3),
-        "roberta": of("RobertaModel", "RobertaConfig", **SIZES),
+        "bert": of("BertModel", "BertConfig", **sizes),
+        "bert-masked": of("BertForMaskedLM", "BertConfig", **sizes),
+        "bert-classifier": of("BertForSequenceClassification", "BertConfig", **sizes, num_labels=3),
+        "roberta": of("RobertaModel", "RobertaConfig", **sizes),
         "distilbert": of(
-            "DistilBertModel", "DistilBertConfig", dim=64, hidden_dim=64, n_layers=1, n_heads=4, vocab_size=128,
+            "DistilBertModel", "DistilBertConfig", dim=64, hidden_dim=64, n_layers=layers, n_heads=4, vocab_size=128,
             max_position_embeddings=64,
         ),
         "mixtral": of(
@@ -89,9 +92,9 @@ def configurations() -> dict[str, Callable[[], nn.Module]]:
     }  # fmt: skip
 
 
-def draw_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def draw_model(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> nn.Module:
     """One of `configurations` with weights large enough that its outputs differ between tokens."""
-    module = configurations()[name]().eval()
+    module = configurations(layers)[name]().eval()
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() > 1:

@@ -6,6 +6,7 @@ one probe a form is measured at every site, and its ratio to its prediction is t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
-from tersor.engine import map_units
+from tersor.engine import map_units, threads
 from tersor.forms import (
     FORMS,
     Candidate,
@@ -181,8 +182,9 @@ def probe_gains(
 ) -> Iterator[str]:
     """Measure one probe a form at every site on held-back batches; measured over predicted is its gain there.
 
-    Probes are fitted by workers while others are measured. `gain` is that of `int`, which forms without a probe of
-    their own borrow; 1 where nothing is seen. Yields the name of every site when its gains are stored.
+    Half of the workers fit probes while half of the cores measure those before. `gain` is that of `int`, which forms
+    without a probe of their own borrow; 1 where nothing is seen. Yields the name of every site when its gains are
+    stored.
     """
 
     def units() -> Iterator[tuple[Site, Callable[[], tuple[Any, ...]]]]:
@@ -191,10 +193,13 @@ def probe_gains(
             if probes:
                 yield site, partial(_probe_arguments, run, model, site, probes)
 
-    for site, fits in map_units(fit_probes, units(), workers):
+    cores = os.cpu_count() or 1
+    workers = workers or cores
+    fitting, measuring = (1, cores) if workers == 1 else (max(2, workers // 2), max(1, cores // 2))
+    for site, fits in map_units(fit_probes, units(), fitting, in_order=True):
         found = run.get(f"gain/{site.name}", {"predicted": 0.0, "measured": 0.0, "gain": 1.0, "by_form": {}})
         for name, (new, predicted) in fits.items():
-            with substituted(model, site, new):
+            with threads(measuring), reference.starting_at(site), substituted(model, site, new):
                 measured = reference.divergence()
             gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
             found["by_form"][name] = gain

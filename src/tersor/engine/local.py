@@ -17,24 +17,29 @@ from typing import Any
 
 import torch
 
+_pool: ProcessPoolExecutor | None = None
+
 
 def map_units(
-    function: Callable[..., Any], units: Iterable[tuple[Any, Callable[[], tuple[Any, ...]]]], workers: int | None = None
+    function: Callable[..., Any],
+    units: Iterable[tuple[Any, Callable[[], tuple[Any, ...]]]],
+    workers: int | None = None,
+    *,
+    in_order: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (key, function(*arguments())) for units (key, arguments) in the order in which they finish.
+    """Yield (key, function(*arguments())) for units (key, arguments) as they finish, or in their order.
 
     Arguments are made only when a worker is free, so memory holds a few units at a time.
     """
     workers = workers or os.cpu_count() or 1
     if workers == 1:
         for key, arguments in units:
-            with one_thread():
+            with threads(1):
                 result = function(*arguments())
             yield key, result
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: dict[Future[Any], Any] = {}
+    with pool_of(workers) as pool:
+        waiting: dict[Future[Any], Any] = {}  # oldest first
         queue = iter(units)
         exhausted = False
         try:
@@ -44,24 +49,44 @@ def map_units(
                     if unit is None:
                         exhausted = True
                         break
-                    with _without_main(), one_thread():
+                    with _without_main(), threads(1):
                         waiting[pool.submit(function, *unit[1]())] = unit[0]
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                done = [next(iter(waiting))] if in_order and waiting else wait(waiting, return_when=FIRST_COMPLETED)[0]
                 for future in done:
-                    yield waiting.pop(future), future.result()
+                    result = future.result()
+                    yield waiting.pop(future), result
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in waiting:
+                future.cancel()
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of PyTorch inside, as many as before afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def pool_of(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes, which all inside share, so that they start once; those inside may ask for fewer."""
+    global _pool
+    if _pool is not None:
+        yield _pool
+        return
+    context = multiprocessing.get_context("spawn")
+    _pool = ProcessPoolExecutor(
+        workers or os.cpu_count() or 1, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        yield _pool
+    finally:
+        _pool.shutdown(wait=False, cancel_futures=True)
+        _pool = None
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of PyTorch inside, as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @contextmanager

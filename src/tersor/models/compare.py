@@ -5,7 +5,7 @@ Values are means over independent samples (windows, texts, images), so that inte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.models.model import Batch, Model
+from tersor.models.prefix import Prefix
 from tersor.models.sites import Site
 
 
@@ -21,13 +22,29 @@ class Reference:
 
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
         self.model, self.batches = model, batches
+        self._prefix = Prefix(model.module, self._output, len(batches))
+        self._select: Callable[[int], None] = lambda _: None
         self.outputs = [output.cpu() for output in self._run()]
         self.units = [model.units(batch) for batch in batches]
 
-    def _run(self) -> Iterator[Tensor]:
+    def _output(self, number: int) -> Tensor:
         with torch.no_grad():
-            for batch in self.batches:
-                yield self.model.outputs(batch).float()
+            return self.model.outputs(self.batches[number]).float()
+
+    def _run(self) -> Iterator[Tensor]:
+        for number in range(len(self.batches)):
+            self._select(number)
+            yield self._output(number)
+
+    @contextmanager
+    def starting_at(self, site: Site) -> Iterator[None]:
+        """Inside, a divergence costs only what the model computes from `site` on; nothing before it may change."""
+        with self._prefix.skipped(site, self.outputs[0]) as select:
+            self._select = select
+            try:
+                yield
+            finally:
+                self._select = lambda _: None
 
     def divergences(self) -> np.ndarray:
         """The mean divergence of every independent sample between then and now, float64."""

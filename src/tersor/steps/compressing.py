@@ -13,6 +13,7 @@ from torch import nn
 
 from tersor.build.build import Built, build, check_target
 from tersor.data import Data, read_data, read_pairs
+from tersor.engine import pool_of
 from tersor.forms import USUAL
 from tersor.judge.artifact import judge_artifact
 from tersor.judge.judge import Judgement
@@ -28,6 +29,7 @@ def build_plan(
     out: str | Path,
     *,
     sequential: Sequence[Batch] | None = None,
+    workers: int | None = None,
     progress: Progress = silent,
 ) -> Built:
     """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on."""
@@ -39,6 +41,7 @@ def build_plan(
         plan,
         Path(out),
         sequential=sequential,
+        workers=workers,
         progress=lambda what, done, total: progress("build", what, done, total),
     )
     opened.run.put_plan(
@@ -93,22 +96,24 @@ def compress(
         read_pairs(pairs)
     folder = Path(f"{out}.run") if run is None else Path(run)
     drawn = (*USUAL, "trellis") if forms is None and memory_budget is not None else forms
-    opened = study(model, data, folder, forms=drawn, progress=progress, **options)
-    limits = parse_limits(budget, whole_bytes=opened.stored_bytes, whole_flops=opened.flops, **asked)
-    progress("plan", "", 0, 0)
-    if choose is None:
-        plan = opened.plan_within(limits, forms, plan_name(budget, forms, **asked))
-    else:
-        plan = choose(opened, limits)
-    sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
-    again = None
-    if sequential:
-        again = list(opened.model.batches(data, options.get("samples"), *_shape(options), options.get("seed", 0)))
-    judged_by = None
-    if held_out is not None:
-        judged_by = copy.copy(opened.model)
-        judged_by.module = copy.deepcopy(opened.model.module)
-    built = build_plan(opened, plan, out, sequential=again, progress=progress)
+    workers = options.get("workers")
+    with pool_of(workers):
+        opened = study(model, data, folder, forms=drawn, progress=progress, **options)
+        limits = parse_limits(budget, whole_bytes=opened.stored_bytes, whole_flops=opened.flops, **asked)
+        progress("plan", "", 0, 0)
+        if choose is None:
+            plan = opened.plan_within(limits, forms, plan_name(budget, forms, **asked))
+        else:
+            plan = choose(opened, limits)
+        sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
+        again = None
+        if sequential:
+            again = list(opened.model.batches(data, options.get("samples"), *_shape(options), options.get("seed", 0)))
+        judged_by = None
+        if held_out is not None:
+            judged_by = copy.copy(opened.model)
+            judged_by.module = copy.deepcopy(opened.model.module)
+        built = build_plan(opened, plan, out, sequential=again, workers=workers, progress=progress)
     judgement = None
     if judged_by is not None and held_out is not None:
         start = time.perf_counter()

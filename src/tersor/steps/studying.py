@@ -16,6 +16,7 @@ from tersor.build.interaction import measure_interaction
 from tersor.curves.draw import Ladders, draw_all, probe_gains, settle_damping
 from tersor.curves.limit import store_spectra
 from tersor.data import Data, read_data
+from tersor.engine import pool_of
 from tersor.errors import TersorError
 from tersor.forms import USUAL, form_named
 from tersor.metrics import KINDS
@@ -98,28 +99,29 @@ def study(
     for number, name in enumerate(store_spectra(opened.run, opened.model, opened.sites), 1):
         progress("limit", name, number, len(opened.sites))
     add_seconds(opened.run, "limit", start)
-    start = time.perf_counter()
-    progress("draw", "curves of all sites", 0, len(opened.sites))
-    for number, name in enumerate(draw_all(opened.run, opened.model, opened.sites, forms, workers, settings), 1):
-        progress("draw", name, number, len(opened.sites))
-    add_seconds(opened.run, "draw", start)
-    if gains:
+    with pool_of(workers):
         start = time.perf_counter()
-        reference = Reference(opened.model, check)
-        progress("probe", "gains of all sites", 0, len(opened.sites))
-        gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
-        for number, name in enumerate(gained, 1):
-            progress("probe", name, number, len(opened.sites))
-        measure_interaction(
-            opened.run,
-            opened.model,
-            opened.sites,
-            opened.planner(),
-            reference,
-            workers,
-            lambda what, done, total: progress("probe plans", what, done, total),
-        )
-        add_seconds(opened.run, "probe", start)
+        progress("draw", "curves of all sites", 0, len(opened.sites))
+        for number, name in enumerate(draw_all(opened.run, opened.model, opened.sites, forms, workers, settings), 1):
+            progress("draw", name, number, len(opened.sites))
+        add_seconds(opened.run, "draw", start)
+        if gains:
+            start = time.perf_counter()
+            reference = Reference(opened.model, check)
+            progress("probe", "gains of all sites", 0, len(opened.sites))
+            gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
+            for number, name in enumerate(gained, 1):
+                progress("probe", name, number, len(opened.sites))
+            measure_interaction(
+                opened.run,
+                opened.model,
+                opened.sites,
+                opened.planner(),
+                reference,
+                workers,
+                lambda what, done, total: progress("probe plans", what, done, total),
+            )
+            add_seconds(opened.run, "probe", start)
     opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
     progress("study", "done", 1, 1)
     return opened
