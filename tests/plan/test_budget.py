@@ -47,6 +47,26 @@ def test_limits() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("40ms", 0.04), ("0.5 s", 0.5), ("2x-faster", 1.5), ("2X", 1.5), ("3ms", 0.003)],
+)
+def test_a_time_is_a_budget(text: str, seconds: float) -> None:
+    for given in ({"budget": text}, {"latency_budget": text}):
+        assert parse_limits(**given, whole_latency=3.0, **WHOLE) == Limits(latency=pytest.approx(seconds))
+    assert parse_limits("35%", latency_budget=text, whole_latency=3.0, **WHOLE).stored == 350
+
+
+def test_times_that_cannot_be() -> None:
+    for text, message in (("0ms", "above zero"), ("40", "not understood"), ("fast", "not understood")):
+        with pytest.raises(TersorError, match=message):
+            parse_limits(latency_budget=text, whole_latency=1.0, **WHOLE)
+    with pytest.raises(TersorError, match="Two limits"):
+        parse_limits("40ms", latency_budget="2x", whole_latency=1.0, **WHOLE)
+    with pytest.raises(TersorError, match="--latency"):
+        parse_limits("40ms", **WHOLE)
+
+
+@pytest.mark.parametrize(
     ("budget", "others", "named"),
     [
         (None, {}, "Give a limit"),

@@ -19,10 +19,11 @@ def options(draw: st.DrawFn) -> Option:
     stored = draw(st.integers(1, 10**9))
     resident = draw(st.integers(1, 10**6))
     flops = draw(st.integers(1, 1000))
-    return Option(0, stored, resident, flops, 10 ** draw(st.floats(-8, 2)))
+    return Option(0, stored, resident, flops, 10 ** draw(st.floats(-8, 2)), draw(st.floats(0.001, 1)))
 
 
 menus_of = st.lists(st.lists(options(), min_size=1, max_size=5), min_size=1, max_size=4)
+limited = st.sampled_from([("stored",), ("stored", "resident"), ("stored", "flops"), ("latency",)])
 quickly = settings(max_examples=80, deadline=None)
 
 
@@ -77,7 +78,11 @@ def test_every_plan_of_the_front_is_best_for_its_size(menus: list[list[Option]])
 
 
 @quickly
-@given(menus_of, st.integers(0, 10**6), st.sampled_from([("stored",), ("stored", "resident"), ("stored", "flops")]))
+@given(
+    menus_of,
+    st.integers(0, 10**6),
+    st.sampled_from([("stored",), ("stored", "resident"), ("stored", "flops"), ("latency",)]),
+)
 @example(BY_A_HAIR, 1, ("stored",))
 @example(BY_A_HAIR, 1, ("stored", "resident"))
 def test_solving_equals_exhaustive_search(menus: list[list[Option]], which: int, names: tuple[str, ...]) -> None:

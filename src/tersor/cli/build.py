@@ -24,13 +24,16 @@ def build(
     divergence: o.DivergenceLimit = None,
     memory_budget: o.MemoryBudget = None,
     flops_budget: o.FlopsBudget = None,
+    latency_budget: o.LatencyBudget = None,
     forms: o.Forms = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Fit a plan and write the small model; the plan is one made before, or the best one under a budget."""
-    limits = o.given(memory_budget=memory_budget, flops_budget=flops_budget, divergence=divergence)
+    limits = o.given(
+        memory_budget=memory_budget, flops_budget=flops_budget, latency_budget=latency_budget, divergence=divergence
+    )
     if plan is not None and (budget or limits):
         raise TersorError("Give either --plan or a budget, not both.")
     with progress_shown(as_json=as_json, quiet=quiet) as progress:

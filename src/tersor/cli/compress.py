@@ -23,6 +23,7 @@ def compress(
     divergence: o.DivergenceLimit = None,
     memory_budget: o.MemoryBudget = None,
     flops_budget: o.FlopsBudget = None,
+    latency_budget: o.LatencyBudget = None,
     held_out: Annotated[
         str | None, typer.Option(metavar="FILE[:COLUMN]", help="Data to judge the result on; without it nothing is.")
     ] = None,
@@ -69,6 +70,7 @@ def compress(
             metric=metric,
             memory_budget=memory_budget,
             flops_budget=flops_budget,
+            latency_budget=latency_budget,
             max_divergence=divergence,
             weights=weights,
             divergence=divergence_name,

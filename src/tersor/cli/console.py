@@ -33,6 +33,7 @@ STEPS = {
     "limit": "Finding the limit",
     "draw": "Drawing curves",
     "probe": "Measuring a gain a site",
+    "time": "Timing every site",
     "plan": "Planning",
     "build": "Fitting the plan",
     "probe plans": "Measuring whole plans",

@@ -84,8 +84,8 @@ Exclude = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE",
-        help="Most bytes on disk: 35% of the original, 120MB, or 4.25bits an approximated weight.",
+        metavar="LIMIT",
+        help="Most bytes on disk: 35% of the original, 120MB, 4.25bits a weight; or most time: 40ms, 2x-faster.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -96,6 +96,12 @@ MemoryBudget = Annotated[
 FlopsBudget = Annotated[
     str | None,
     typer.Option(metavar="NUMBER", help="Most FLOPs of a position: 60% or 2e9.", rich_help_panel=BUDGET),
+]
+LatencyBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME", help="Most time of one sample on this machine: 40ms, 2x-faster or 70%.", rich_help_panel=BUDGET
+    ),
 ]
 DivergenceLimit = Annotated[
     float | None,

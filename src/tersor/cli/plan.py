@@ -14,6 +14,7 @@ def plan(
     divergence: o.DivergenceLimit = None,
     memory_budget: o.MemoryBudget = None,
     flops_budget: o.FlopsBudget = None,
+    latency_budget: o.LatencyBudget = None,
     forms: o.Forms = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -24,8 +25,13 @@ def plan(
 
         opened = open_run(run)
         progress("plan", "", 0, 0)
-        limits = {"memory_budget": memory_budget, "flops_budget": flops_budget, "divergence": divergence}
-        made = plan_run(opened, budget, forms=o.names_of(forms), **o.given(**limits))
+        limits = o.given(
+            memory_budget=memory_budget,
+            flops_budget=flops_budget,
+            latency_budget=latency_budget,
+            divergence=divergence,
+        )
+        made = plan_run(opened, budget, forms=o.names_of(forms), **limits)
     from tersor.report.account import account_of_run
     from tersor.report.tables import account_tables
 

@@ -28,6 +28,7 @@ def study(
     sequence_length: o.SequenceLength = 256,
     batch_size: o.BatchSize = 16,
     seed: o.Seed = 0,
+    latency: Annotated[bool, typer.Option("--latency", help="Time every site, for budgets of time.")] = False,
     workers: o.Workers = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
@@ -49,6 +50,7 @@ def study(
             include=include,
             exclude=exclude,
             samples=samples,
+            latency=latency or None,
             workers=workers,
         )
         given |= {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, "device": device}

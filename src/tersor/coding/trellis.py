@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.errors import TersorError
+from tersor.coding.stream import StreamError
 
 MAGIC = b"TST1"
 WINDOW = 12  # bits of a state
@@ -82,14 +82,14 @@ class Trellis:
 
     @classmethod
     def from_bytes(cls, stream: bytes, shape: tuple[int, int]) -> Trellis:
-        """Read a stream; raises TersorError where it is damaged or of another shape."""
+        """Read a stream; raises StreamError where it is damaged or of another shape."""
         if len(stream) < HEADER.size + 4 or stream[:4] != MAGIC:
-            raise TersorError("This is no trellis-coded weight: it does not begin with TST1.")
+            raise StreamError("This is no trellis-coded weight: it does not begin with TST1.")
         if zlib.crc32(stream[:-4]) != struct.unpack("<I", stream[-4:])[0]:
-            raise TersorError("A trellis-coded weight is damaged: its checksum is wrong.")
+            raise StreamError("A trellis-coded weight is damaged: its checksum is wrong.")
         _, rows, columns, free, flags, _, *numbers = HEADER.unpack_from(stream)
         if (rows, columns) != shape:
-            raise TersorError(f"A trellis-coded weight has shape {rows} x {columns}, not {shape[0]} x {shape[1]}.")
+            raise StreamError(f"A trellis-coded weight has shape {rows} x {columns}, not {shape[0]} x {shape[1]}.")
         at = HEADER.size
         sides: list[Side] = []
         for size, base, step in zip((rows, columns) * 2, numbers[::2], numbers[1::2], strict=True):
@@ -101,7 +101,7 @@ class Trellis:
         turned = bool(flags & 1), bool(flags & 2)
         found = cls(shape, bool(free), turned, rates, column_rates, scales, column_scales, bits)
         if sum(int(b.sum()) for b in found.rates()) + WINDOW > 8 * len(bits):
-            raise TersorError("A trellis-coded weight is damaged: it has fewer bits than its rates ask for.")
+            raise StreamError("A trellis-coded weight is damaged: it has fewer bits than its rates ask for.")
         return found
 
     def rates(self, rows: int = 1024) -> Iterator[Array]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tersor.build.artifact import WEIGHTS, read_record, update_record
+from tersor.build.latency import one_sample
 from tersor.build.layers import ApproximateLayer, StandIn
 from tersor.build.load import load
 from tersor.data import Data, read_data, read_pairs
@@ -45,7 +46,8 @@ def judge_artifact(
     out = Path(out)
     plan = _plan_of(original, out)
     read = None if pairs is None else read_pairs(pairs)
-    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size, seed=0))
+    held_out = read_data(data)
+    batches = list(original.batches(held_out, samples, sequence_length, batch_size, seed=0))
     new = adopt(original, out)
     known = walk(original.module).sites
     chosen = {c.site for c in plan.choices}
@@ -57,7 +59,9 @@ def judge_artifact(
         batches,
         stored=(original.identity.stored_bytes, (out / WEIGHTS).stat().st_size),
         flops=(dense_flops, untouched + plan.flops),
+        one=one_sample(original, held_out, sequence_length),
         predicted=plan.divergence,
+        predicted_speed=plan.latency_share,
         pairs=read,
         sequence_length=sequence_length,
         progress=lambda what, done, total: progress("judge", what, done, total),
@@ -99,7 +103,7 @@ def judge_sites(
         progress("judge sites", choice.site, number, len(choices))
         site = sites[choice.site]
         matrices = torch.stack([op.dense() for op in _operators_at(built, site)])
-        with substituted(original, site, matrices):
+        with reference.starting_at(site), substituted(original, site, matrices):
             found[choice.site] = choice.divergence, mean_estimate(reference.divergences())
     if run is not None:
         _check_run(run, original)

@@ -36,7 +36,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Everything that was measured. `divergence` is in `unit`; `predicted` is what the plan said, if known."""
+    """Everything that was measured. `divergence` is in `unit`; `predicted` is what the plan said, if known.
+
+    `latency` is of a batch, `latency_of_one` of the largest of a few samples alone; `predicted_speed` is what the plan
+    said of the latter, over the original's.
+    """
 
     divergence_name: str
     unit: str
@@ -48,6 +52,8 @@ class Judgement:
     original: Sizes
     new: Sizes
     latency: Latency
+    latency_of_one: Latency | None = None
+    predicted_speed: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,13 +66,15 @@ def judge(
     *,
     stored: tuple[int, int],
     flops: tuple[int, int],
+    one: Batch | None = None,
     predicted: float | None = None,
+    predicted_speed: float | None = None,
     pairs: Pairs | None = None,
     sequence_length: int = 256,
     timing_batch: Batch | None = None,
     progress: Progress = lambda *_: None,
 ) -> Judgement:
-    """Compare two models that take the same batches. `pairs` are texts with a score, for encoders."""
+    """Compare two models that take the same batches, `one` of a single sample. `pairs` are texts with a score."""
     before, after = [], []
     with torch.no_grad(), decoded(new.module):
         for number, batch in enumerate(batches):
@@ -100,6 +108,8 @@ def judge(
         sizes[0],
         sizes[1],
         latency(original, new, timed),
+        None if one is None else latency(original, new, one),
+        predicted_speed,
     )
 
 

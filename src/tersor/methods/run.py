@@ -120,6 +120,7 @@ def _fits(planner: Planner, limits: Limits, solution: Solution) -> bool:
         (stored, limits.stored),
         (resident, limits.resident),
         (solution.total("flops"), limits.flops),
+        (solution.total("latency") + (planner.latencies.rest if planner.latencies else 0.0), limits.latency),
         (planner.interaction.whole(solution.total("divergence")), limits.divergence),
         (bits, limits.bits),
     )

@@ -1,6 +1,7 @@
 """Budgets, the solver, plans."""
 
 from tersor.plan.budget import Limits, parse_bytes, parse_limits
+from tersor.plan.latency import Latencies
 from tersor.plan.plan import UNTOUCHED, Choice, Interaction, Plan, Planner, fixed_bytes
 from tersor.plan.solve import Option, Solution, front, hull, solve
 
@@ -8,6 +9,7 @@ __all__ = [
     "UNTOUCHED",
     "Choice",
     "Interaction",
+    "Latencies",
     "Limits",
     "Option",
     "Plan",

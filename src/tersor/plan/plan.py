@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tersor.errors import UnreachableBudget
+from tersor.errors import TersorError, UnreachableBudget
 from tersor.forms import Candidate, Operator, as_values, form_named, settings_of
 from tersor.models.sites import Site
 from tersor.plan.budget import Limits
+from tersor.plan.latency import Latencies
 from tersor.plan.solve import Menu, Option, Solution, front, solve
 from tersor.run import Run
 
@@ -25,7 +26,10 @@ UNTOUCHED = "untouched"
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan does at a site; form `untouched` leaves it. Bytes are those of its tensors in the file."""
+    """What a plan does at a site; form `untouched` leaves it. Bytes are those of its tensors in the file.
+
+    `latency` are its seconds of one sample, where they were measured.
+    """
 
     site: str
     form: str
@@ -35,6 +39,7 @@ class Choice:
     resident: int
     flops: int
     divergence: float
+    latency: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Plan:
     """Choices in the order of the sites; `stored` is the whole file to the byte.
 
     `divergence` is that predicted for the whole model: the sum over the choices, corrected for their interaction.
+    `latency` are the seconds of one sample by what its sites took alone, `latency_share` of those of the original;
+    None where sites were not timed.
     """
 
     name: str
@@ -52,6 +59,8 @@ class Plan:
     divergence: float
     gap: float = 0.0
     limits: dict[str, Any] = field(default_factory=dict)
+    latency: float | None = None
+    latency_share: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +110,7 @@ class Planner:
     fixed_bytes: int
     size_of: Any
     interaction: Interaction = Interaction()
+    latencies: Latencies | None = None
 
     @classmethod
     def of(cls, run: Run, sites: Sequence[Site], size_of: Any, forms: Sequence[str] | None = None) -> Planner:
@@ -110,7 +120,7 @@ class Planner:
             known = (c for c in run.candidates(site.name) if forms is None or c.form in forms)
             return tuple(replace(c, divergence=c.divergence * run.gain(site.name, c.form)) for c in known)
 
-        return cls.over([(site, scaled(site)) for site in sites], size_of, Interaction.of(run))
+        return cls.over([(site, scaled(site)) for site in sites], size_of, Interaction.of(run), Latencies.of(run))
 
     @classmethod
     def over(
@@ -118,11 +128,12 @@ class Planner:
         menus: Sequence[tuple[Site, tuple[Candidate, ...]]],
         size_of: Any,
         interaction: Interaction = Interaction(),
+        latencies: Latencies | None = None,
     ) -> Planner:
         """The planner over candidates as they are given."""
         sites, candidates = tuple(site for site, _ in menus), tuple(known for _, known in menus)
-        options = tuple(_menu(site, known) for site, known in menus)
-        return cls(sites, candidates, options, fixed_bytes(sites, size_of), size_of, interaction)
+        options = tuple(_menu(site, known, latencies) for site, known in menus)
+        return cls(sites, candidates, options, fixed_bytes(sites, size_of), size_of, interaction, latencies)
 
     def front(self) -> list[tuple[int, float]]:
         """(bytes of the file, predicted divergence) of every plan worth having, smallest first."""
@@ -144,13 +155,21 @@ class Planner:
             sums["resident"] = limits.resident - self.fixed_bytes
         if limits.flops is not None:
             sums["flops"] = limits.flops
+        if limits.latency is not None:
+            if self.latencies is None:
+                raise TersorError("For a limit on latency sites must have been timed: study again with --latency.")
+            sums["latency"] = limits.latency - self.latencies.rest
         if limits.divergence is not None:
             sums["divergence"] = self.interaction.total(limits.divergence)
         self._check_reachable(limits, sums)
         minimise = "stored" if limits.divergence is not None else "divergence"
-        solution = solve(self.menus, sums, minimise=minimise)
+        solution = solve(self.menus if limits.latency is None else self._timed(), sums, minimise=minimise)
         plan = self.plan_of(solution, name)
         return replace(plan, limits={k: v for k, v in asdict(limits).items() if v is not None})
+
+    def _timed(self) -> list[Menu]:
+        """The menus without what was not timed."""
+        return [[option for option in menu if option.latency < math.inf] for menu in self.menus]
 
     def _check_reachable(self, limits: Limits, sums: dict[str, float]) -> None:
         for what in ("stored", "resident"):
@@ -163,16 +182,25 @@ class Planner:
                         f"The budget is out of reach: the smallest plan takes {whole:,} {what} bytes "
                         f"({bits:.2f} bits a weight)."
                     )
+        if "latency" in sums and self.latencies is not None:
+            least_time = sum(min(o.latency for o in menu) for menu in self._timed())
+            if least_time > sums["latency"]:
+                raise UnreachableBudget(
+                    f"The budget is out of reach: the fastest plan takes {1e3 * (least_time + self.latencies.rest):.4g}"
+                    f" ms for one sample, of {1e3 * self.latencies.whole:.4g} ms of the original."
+                )
 
     def plan_of(self, solution: Solution, name: str) -> Plan:
         """A solution with the names of its candidates and the exact size of its file."""
         choices = []
         for site, known, option in zip(self.sites, self.candidates, solution.chosen, strict=True):
-            choices.append(_choice(site, known[option.key] if option.key is not None else None))
+            seconds = option.latency if option.latency < math.inf else None
+            choices.append(_choice(site, known[option.key] if option.key is not None else None, seconds))
         return self.plan_from(choices, name, solution.gap)
 
     def plan_from(self, choices: Sequence[Choice], name: str, gap: float = 0.0) -> Plan:
         """A plan of given choices."""
+        timed = None if self.latencies is None else self.latencies.total(c.latency for c in choices)
         stored = self.size_of([c for c in choices if c.form != UNTOUCHED])
         extra = stored - sum(c.stored for c in choices)
         return Plan(
@@ -183,6 +211,8 @@ class Planner:
             sum(c.flops for c in choices),
             self.interaction.whole(sum(c.divergence for c in choices)),
             gap,
+            latency=timed,
+            latency_share=timed / self.latencies.whole if timed is not None and self.latencies is not None else None,
         )
 
 
@@ -191,10 +221,10 @@ def fixed_bytes(sites: Sequence[Site], size_of: Callable[[Sequence[Choice]], int
     return max(size_of(()) - sum(site.nbytes + _entry_bytes(site, None) for site in sites), 0)
 
 
-def _choice(site: Site, candidate: Candidate | None) -> Choice:
+def _choice(site: Site, candidate: Candidate | None, latency: float | None) -> Choice:
     if candidate is None:
         flops = 2 * site.shape[0] * site.shape[1]
-        return Choice(site.name, UNTOUCHED, {}, UNTOUCHED, site.nbytes, site.nbytes, flops, 0.0)
+        return Choice(site.name, UNTOUCHED, {}, UNTOUCHED, site.nbytes, site.nbytes, flops, 0.0, latency)
     cost = candidate.cost
     return Choice(
         site.name,
@@ -205,15 +235,23 @@ def _choice(site: Site, candidate: Candidate | None) -> Choice:
         cost.resident,
         cost.flops,
         candidate.divergence,
+        latency,
     )
 
 
-def _menu(site: Site, candidates: Sequence[Candidate]) -> list[Option]:
+def _menu(site: Site, candidates: Sequence[Candidate], latencies: Latencies | None) -> list[Option]:
+    """The options of a site; what was drawn after the sites were timed takes for ever."""
+
+    def seconds(*choice: Any) -> float:
+        found = 0.0 if latencies is None else latencies.at(site.name, *choice)
+        return math.inf if found is None else found
+
     dense = site.nbytes + _entry_bytes(site, None)
-    options = [Option(None, dense, dense, 2 * site.shape[0] * site.shape[1], 0.0)]
+    options = [Option(None, dense, dense, 2 * site.shape[0] * site.shape[1], 0.0, seconds())]
     for number, c in enumerate(candidates):
-        extra = _entry_bytes(site, c)
-        options.append(Option(number, c.cost.stored + extra, c.cost.resident + extra, c.cost.flops, c.divergence))
+        extra, cost = _entry_bytes(site, c), c.cost
+        time = seconds(c.form, c.setting)
+        options.append(Option(number, cost.stored + extra, cost.resident + extra, cost.flops, c.divergence, time))
     return options
 
 

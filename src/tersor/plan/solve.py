@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from tersor.errors import TersorError, UnreachableBudget
 
-RESOURCES = ("stored", "resident", "flops")
+RESOURCES = ("stored", "resident", "flops", "latency")
 TRIES = 12  # choices of HiGHS that may break a limit by a hair before all limits are tightened by one
 
 
@@ -32,6 +32,7 @@ class Option:
     resident: int
     flops: int
     divergence: float
+    latency: float = 0.0
 
 
 Menu = Sequence[Option]
@@ -86,7 +87,7 @@ def solve(
     minimise: str = "divergence",
     seconds: float = 20.0,
 ) -> Solution:
-    """The best choice under `limits` on the sums of `stored`, `resident`, `flops` or `divergence`, by HiGHS.
+    """The best choice under `limits` on the sums of `stored`, `resident`, `flops`, `latency` or `divergence`, by HiGHS.
 
     Raises UnreachableBudget, naming the smallest reachable sum, where no choice fits.
     """

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tersor.export import Exported
-from tersor.plan import UNTOUCHED
+from tersor.plan import UNTOUCHED, Plan
 from tersor.report.account import Account
 from tersor.report.front import Point
 from tersor.report.quantities import (
@@ -72,6 +72,12 @@ def judgement_table(judgement: Mapping[str, Any]) -> Table:
     _row(table, "FLOPs a position", *map(count_text, flops), share_text(flops[1], flops[0]))
     times = seconds_text(time["original"]), seconds_text(time["new"])
     _row(table, "latency of a batch", *times, f"{time['ratio']:.2f} times")
+    one, speed = judgement.get("latency_of_one"), judgement.get("predicted_speed")
+    if one is not None:
+        times = seconds_text(one["original"]), seconds_text(one["new"])
+        _row(table, "latency of a sample", *times, f"{one['ratio']:.2f} times")
+    if speed is not None:
+        _row(table, "  as predicted", "", "", f"{speed:.2f} times")
     return table
 
 
@@ -83,6 +89,7 @@ def account_tables(account: Account) -> list[Any]:
         f" ({share_text(plan.stored, account.original_bytes)} of the original), predicted divergence ",
         (f"{number_text(plan.divergence)} {unit}", "bold"),
         f", {_measured(account)}plan {plan.name}"
+        + _latency(plan)
         + (f", within {100 * plan.gap:.2g} % of the best" if plan.gap > 0.001 else ""),
     )
     forms = _table(
@@ -98,6 +105,12 @@ def account_tables(account: Account) -> list[Any]:
             cells = bytes_text(c.stored), number_text(c.divergence), share_text(c.divergence, alone)
             _row(worst, c.site, c.label, *cells)
     return [head, *_limit_line(account), forms, *([worst] if worst.row_count else []), *_left_alone(account)]
+
+
+def _latency(plan: Plan) -> str:
+    if plan.latency is None or plan.latency_share is None:
+        return ""
+    return f", {seconds_text(plan.latency)} a sample ({share_text(plan.latency_share, 1)})"
 
 
 def _limit_line(account: Account) -> list[Any]:

@@ -73,6 +73,7 @@ def compress(
     forms: Sequence[str] | None = None,
     memory_budget: str | None = None,
     flops_budget: str | None = None,
+    latency_budget: str | None = None,
     max_divergence: float | None = None,
     sequential: bool = False,
     judge_samples: int | None = None,
@@ -86,8 +87,14 @@ def compress(
     judged. The module given, or read, is the built one afterwards.
     """
     check_target(Path(out))
-    asked: dict[str, Any] = {"memory_budget": memory_budget, "flops_budget": flops_budget, "divergence": max_divergence}
-    parse_limits(budget, whole_bytes=1, whole_flops=1, **asked)  # what cannot be read is refused before the work
+    asked: dict[str, Any] = {
+        "memory_budget": memory_budget,
+        "flops_budget": flops_budget,
+        "latency_budget": latency_budget,
+        "divergence": max_divergence,
+    }
+    # What cannot be read is refused before the work.
+    timed = parse_limits(budget, whole_bytes=1, whole_flops=1, whole_latency=1.0, **asked).latency is not None
     data = read_data(data)
     held_out = None if held_out is None else read_data(held_out)
     if options.get("check_data") is not None:
@@ -96,10 +103,11 @@ def compress(
         read_pairs(pairs)
     folder = Path(f"{out}.run") if run is None else Path(run)
     drawn = (*USUAL, "trellis") if forms is None and memory_budget is not None else forms
+    options["latency"] = timed or options.get("latency", False)
     workers = options.get("workers")
     with pool_of(workers):
         opened = study(model, data, folder, forms=drawn, progress=progress, **options)
-        limits = parse_limits(budget, whole_bytes=opened.stored_bytes, whole_flops=opened.flops, **asked)
+        limits = opened.limits(budget, **asked)
         progress("plan", "", 0, 0)
         if choose is None:
             plan = opened.plan_within(limits, forms, plan_name(budget, forms, **asked))

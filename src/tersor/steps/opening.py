@@ -15,7 +15,7 @@ from tersor.curves.limit import Limit
 from tersor.errors import TersorError
 from tersor.forms import form_named
 from tersor.models import Divergence, Model, Site, Walk, open_model, walk
-from tersor.plan import Limits, Plan, Planner, parse_limits
+from tersor.plan import Latencies, Limits, Plan, Planner, parse_limits
 from tersor.run import Run
 
 Progress = Callable[[str, str, int, int], Any]
@@ -47,11 +47,15 @@ class Study:
         """FLOPs of the original's sites for one position."""
         return sum(2 * s.shape[0] * s.shape[1] for s in self.sites)
 
+    def limits(self, budget: str | None = None, **limits: Any) -> Limits:
+        """Budgets as users write them, of this model; see `parse_limits`."""
+        return limits_of(self.run, budget, **limits)
+
     def planner(self, forms: Sequence[str] | None = None) -> Planner:
         return planner_of(self.run, forms)
 
     def plan(self, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
-        """The best plan under a budget such as `35%`, `120MB` or `4.25bits`; see `parse_limits`."""
+        """The best plan under a budget such as `35%`, `120MB`, `4.25bits` or `40ms`; see `parse_limits`."""
         return plan_run(self.run, budget, forms=forms, **limits)
 
     def plan_within(self, limits: Limits, forms: Sequence[str] | None = None, name: str | None = None) -> Plan:
@@ -72,10 +76,21 @@ def limit_of(run: Run) -> Limit | None:
     return Limit.of(run, layout.sites, layout.file_bytes)
 
 
+def limits_of(run: Run, budget: str | None = None, **limits: Any) -> Limits:
+    """Budgets as users write them, of the model of a run; see `parse_limits`."""
+    latencies = Latencies.of(run)
+    return parse_limits(
+        budget,
+        whole_bytes=run.get("stored_bytes"),
+        whole_flops=Layout.from_json(run.get("layout")).flops,
+        whole_latency=None if latencies is None else latencies.whole,
+        **limits,
+    )
+
+
 def plan_run(run: Run, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
-    """The best plan of a run under a budget such as `35%`, `120MB`, `4.25bits`; see `parse_limits` for `limits`."""
-    flops = Layout.from_json(run.get("layout")).flops
-    found = parse_limits(budget, whole_bytes=run.get("stored_bytes"), whole_flops=flops, **limits)
+    """The best plan of a run under a budget such as `35%`, `4.25bits` or `40ms`; see `parse_limits` for `limits`."""
+    found = limits_of(run, budget, **limits)
     return _keep(run, planner_of(run, forms).plan(found), plan_name(budget, forms, **limits))
 
 

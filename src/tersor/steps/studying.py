@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from tersor.build.interaction import measure_interaction
+from tersor.build.latency import measure_latencies, one_sample
 from tersor.curves.draw import Ladders, draw_all, probe_gains, settle_damping
 from tersor.curves.limit import store_spectra
 from tersor.data import Data, read_data
@@ -47,6 +48,7 @@ def study(
     damping: dict[str, float] | None = None,
     settings: Ladders | None = None,
     check_data: str | Path | Data | Sequence[Any] | None = None,
+    latency: bool = False,
     workers: int | None = None,
     progress: Progress = silent,
     **options: Any,
@@ -55,8 +57,8 @@ def study(
 
     `metric` is one of `identity`, `diagonal`, `input`, `output`, `kronecker`; `input` needs no backward pass. Damping
     is chosen and gains are measured on `check_data`, half as many samples; without it, on one calibration batch
-    in five, held back. `settings` replaces the ladder of a form, by its name, with settings as plain values. Raises
-    TersorError for bad input.
+    in five, held back. `settings` replaces the ladder of a form, by its name, with settings as plain values. With
+    `latency` every site is timed in every form on this machine, for budgets of time. Raises TersorError for bad input.
     """
     if metric not in KINDS:
         raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
@@ -122,6 +124,11 @@ def study(
                 lambda what, done, total: progress("probe plans", what, done, total),
             )
             add_seconds(opened.run, "probe", start)
+    if latency:
+        start = time.perf_counter()
+        sample = one_sample(opened.model, calibration, sequence_length, seed)
+        measure_latencies(opened.run, opened.model, opened.sites, sample, lambda what, *at: progress("time", what, *at))
+        add_seconds(opened.run, "time", start)
     opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
     progress("study", "done", 1, 1)
     return opened
