@@ -17,6 +17,9 @@ from torch import Tensor
 from tersor.errors import TersorError
 
 
+CACHED = 1 << 19  # logits that are compared at a time
+
+
 @dataclass(frozen=True)
 class Divergence:
     """`compare(original, new)` maps outputs (predictions, ...) to (predictions,); `probe` makes a scalar of outputs."""
@@ -37,8 +40,14 @@ def _of_each(terms: Tensor) -> Tensor:
 
 
 def _kl(original: Tensor, new: Tensor) -> Tensor:
-    p, q = original.float().log_softmax(-1), new.float().log_softmax(-1)
-    return _of_each((p.exp() * (p - q)).sum(-1))
+    """A few rows at a time, which stay in the cache and take no memory beside the outputs."""
+    classes = original.shape[-1]
+    rows = [t.reshape(-1, classes).split(max(1, CACHED // max(1, classes))) for t in (original, new)]
+    parts = []
+    for a, b in zip(*rows, strict=True):
+        p, q = a.float().log_softmax(-1), b.float().log_softmax(-1)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return _of_each(torch.cat(parts).reshape(original.shape[:-1]))
 
 
 def _kl_probe(output: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
