@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 
-
 CACHED = 1 << 19  # logits that are compared at a time
 
 
