@@ -51,6 +51,9 @@ def test_every_candidate_is_timed_once(studied: Study, monkeypatch: pytest.Monke
     for site in studied.sites:
         for candidate in studied.run.candidates(site.name):
             assert (found.at(site.name, candidate.form, candidate.setting) or 0) > 0
+    clock = timing._Clock(studied.run, studied.model)
+    clock.time(studied.sites[1], {}, {})
+    assert clock.found.at(studied.sites[1].name) == 0  # with no candidates it is of the rest
     monkeypatch.setattr(timing._Clock, "time", None)
     assert timing.measure_latencies(studied.run, studied.model, studied.sites, None) == found
 
