@@ -33,7 +33,7 @@ def main() -> None:
     shuffled = random.Random(0)
     everything = sorted({s for found in by_topic.values() for s in found})
     shuffled.shuffle(everything)
-    cut = len(everything) // 3
+    cut = len(everything) // 4
     held_out = set(everything[:cut])
     (DEMO / "held-out.txt").write_text("\n".join(everything[:cut]) + "\n", encoding="utf8")
     (DEMO / "calibration.txt").write_text("\n".join(everything[cut:]) + "\n", encoding="utf8")

@@ -75,19 +75,20 @@ def settle_damping(
     tables = [s for s in usable if s.kind == "table"][:1]
     others = [s for s in usable if s.kind != "table"]
     picked = others[:: max(1, -(-len(others) // DAMPING_SITES))] + tables
-    samples = [
-        Sample(
-            site.matrices(model.module)[0].cpu(),
-            load_metrics(run, site, kind)[0],
-            load_metrics(run, site, kind, "check")[0],
-            site.kind == "table",
-        )
-        for site in picked
-    ]
-    damping, evidence = choose_damping(samples, progress)
+    damping, evidence = choose_damping([_sample(run, model, site, kind) for site in picked], progress)
     run.put("damping_evidence", evidence)
     run.put("damping", {"inputs": damping.inputs, "gradients": damping.gradients, "frequencies": damping.frequencies})
     return damping
+
+
+def _sample(run: Run, model: Model, site: Site, kind: str) -> Sample:
+    """The first matrix of a site, or some rows of a table, with its metric from both parts of the data."""
+    weight = site.matrices(model.module)[0].cpu()
+    fitted, held_back = (load_metrics(run, site, kind, part)[0] for part in ("fit", "check"))
+    rows = fitted.sampled_rows()
+    if rows is not None:
+        weight, fitted, held_back = weight[rows[0]], fitted.of_rows(*rows), held_back.of_rows(*rows)
+    return Sample(weight, fitted, held_back, site.kind == "table")
 
 
 def draw_all(

@@ -166,7 +166,7 @@ class CodedForm:
         """
         sample = metric.sampled_rows(evenly=True) if settings is None else None
         if sample is not None:
-            return self._sampled_curve(weight, *sample)
+            return self._sampled_curve(weight, sample[0], metric.of_rows(*sample))
         lattice = Lattice.of(weight, metric)
 
         def candidate(setting: CodedSetting) -> Candidate:

@@ -222,8 +222,7 @@ class IntForm:
         sample = metric.sampled_rows() if setting.axis == "columns" else None
         if sample is None:
             return fitted_candidate(self, weight, metric, setting)[1]
-        index, of_sample = sample
-        found = fitted_candidate(self, weight[index], of_sample, setting)[1]
+        found = fitted_candidate(self, weight[sample[0]], metric.of_rows(*sample), setting)[1]
         return replace(found, cost=cost_of(self, (weight.shape[0], weight.shape[1]), setting))
 
     def fit(self, weight: Tensor, metric: Metric, setting: IntSetting) -> IntOperator:

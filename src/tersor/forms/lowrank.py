@@ -109,8 +109,8 @@ class LowRankForm:
         found = factorise(metric.whiten(weight.detach()))
         sample = metric.sampled_rows()
         if sample is not None:  # the factors of all of a table, but only some rows of the left one
-            index, metric = sample
-            weight, found = weight[index], replace(found, left=found.left[index])
+            weight, metric = weight[sample[0]], metric.of_rows(*sample)
+            found = replace(found, left=found.left[sample[0]])
         candidates = []
         for setting in self.settings(shape) if settings is None else settings:
             operator = self._build(weight, metric, setting, found)

@@ -164,11 +164,11 @@ class Metric:
             judge = replace(self, rows=Side(rows * counts.to(rows)))
         return replace(self, rows=Side(rows), judged_by=judge)
 
-    def sampled_rows(self, *, evenly: bool = False) -> tuple[Tensor, Metric] | None:
-        """Rows (k,) that stand for all of a tall weight whose rows do not feel one another, and the metric of them.
+    def sampled_rows(self, *, evenly: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Rows (k,) that stand for all of a tall weight whose rows do not feel one another, and for how many each (k,).
 
         Those with the largest moments stand for themselves, a random part of the others for all of these; `evenly`, a
-        random part of all. None where rows feel one another or are few.
+        random part of all. None where rows feel one another or are few. For `of_rows`.
         """
         size, many = self.rows.size, SAMPLED_ROWS
         if not self.rows.is_diagonal or size < 2 * many:
@@ -180,7 +180,7 @@ class Metric:
         counts = torch.ones(size)
         counts[drawn] = len(others) / len(drawn)
         index = torch.cat([certain, drawn]).sort().values
-        return index, self.of_rows(index, counts[index])
+        return index, counts[index]
 
     def damped(self, rows: float, columns: float) -> Metric:
         """The metric with its two moments damped by these shares of their mean diagonals."""
