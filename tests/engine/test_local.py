@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +71,37 @@ def failing(number: int) -> int:
 def test_an_error_of_a_unit_is_raised_as_it_is(workers: int) -> None:
     with pytest.raises(TersorError, match="unit 7 is bad"):
         list(map_units(failing, [("one", partial(tuple, [7]))], workers))
+
+
+PARENT = """
+import os, time
+from functools import partial
+from tersor.engine import map_units, pool_of
+
+with pool_of(2):
+    print(*{pid for _, pid in map_units(os.getpid, ((n, tuple) for n in range(20)), 2)}, flush=True)
+    list(map_units(time.sleep, ((n, partial(tuple, [600])) for n in range(2)), 2))
+"""
+
+
+def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT, encoding="utf8")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert workers
+    for _ in range(300):
+        if not any(alive(pid) for pid in workers):
+            return
+        time.sleep(0.1)
+    pytest.fail("a worker is still there")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended but is not waited for does not."""
+    state = Path(f"/proc/{pid}/stat")
+    if not Path("/proc").exists():
+        pytest.skip("this system has no /proc")
+    return state.exists() and state.read_text(encoding="utf8").rpartition(")")[2].split()[0] != "Z"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 
+ALIVE = 1.0  # seconds between two looks whether the parent is there
 _pool: ProcessPoolExecutor | None = None
 
 
@@ -68,14 +71,25 @@ def pool_of(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
         yield _pool
         return
     context = multiprocessing.get_context("spawn")
-    _pool = ProcessPoolExecutor(
-        workers or os.cpu_count() or 1, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    )
+    count = workers or os.cpu_count() or 1
+    _pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
     try:
         yield _pool
     finally:
         _pool.shutdown(wait=False, cancel_futures=True)
         _pool = None
+
+
+def _begin(parent: int) -> None:
+    """What a worker does first: one thread, and an end of its own should its parent be killed."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(ALIVE)
+    os._exit(1)
 
 
 @contextmanager
