@@ -25,7 +25,7 @@ from tersor.models.sites import Site
 from tersor.plan import UNTOUCHED, Choice
 from tersor.run import Run
 
-FEW_WEIGHTS = 300_000  # fewer than these are fitted here: starting workers would take longer
+FEW_WEIGHTS = 3_000_000  # fewer than these are fitted here: starting workers would take longer
 
 
 @dataclass(frozen=True)
