@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,7 @@ from tersor.curves.draw import fit_site, site_metrics
 from tersor.forms import Operator, as_values, form_named, settings_of
 from tersor.models.model import Batch, Model
 from tersor.models.sites import Site
+from tersor.models.timing import in_turn, seconds_of
 from tersor.plan import Latencies
 from tersor.plan.latency import ORIGINAL, time_key
 from tersor.run import Run
@@ -57,7 +58,7 @@ def measure_latencies(
         for number, site in enumerate(sites):
             progress(site.name, number, len(sites))
             clock.time(site, settings[site.name], inputs)
-        whole = statistics.median(_seconds(model, lambda: model.outputs(batch)) for _ in range(WHOLE_ROUNDS))
+        whole = median(seconds_of(model.device, lambda: model.outputs(batch)) for _ in range(WHOLE_ROUNDS))
     found = Latencies(clock.found.machine, whole, clock.found.calls, clock.found.layers)
     run.put("latencies", asdict(found))
     return found
@@ -108,9 +109,9 @@ class _Clock:
             replaced = None if site.stack > 1 else layer_for(owner, operator, False, site.dtype)
             if replaced is None:  # the module stays and decodes its weights besides
                 known.setdefault(ORIGINAL, 0.0)
-                known[key] = site.stack * self._alternating(operator.decode, lambda: None)[0]
+                known[key] = site.stack * self._medians(operator.decode, lambda: None)[0]
                 continue
-            seconds, before = self._alternating(lambda layer=replaced: layer(*given[0], **given[1]), original)  # type: ignore[misc]
+            seconds, before = self._medians(lambda layer=replaced: layer(*given[0], **given[1]), original)  # type: ignore[misc]
             known.setdefault(ORIGINAL, before)
             known[key] = seconds * known[ORIGINAL] / before  # the machine may be slower now than it was
 
@@ -122,23 +123,10 @@ class _Clock:
         weights, metrics = site.matrices(self.model.module)[:1].cpu(), site_metrics(self.run, site)[:1]
         return fit_site(form_named(form), weights, metrics, first)[0].to(self.model.device)
 
-    def _alternating(self, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    def _medians(self, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
         """The medians of the seconds of two functions, in turn."""
-        times: list[tuple[float, float]] = []
-        first(), second()
-        start = time.perf_counter()
-        while len(times) < 3 or (len(times) < ROUNDS and time.perf_counter() - start < LONGEST):
-            times.append((_seconds(self.model, first), _seconds(self.model, second)))
-        one, other = zip(*times, strict=True)
-        return statistics.median(one), statistics.median(other)
-
-
-def _seconds(model: Model, run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start
+        one, other = np.median(in_turn(self.model.device, first, second, ROUNDS, LONGEST), 1)
+        return float(one), float(other)
 
 
 def _settings(run: Run, site: Site) -> Settings:

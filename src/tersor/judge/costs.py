@@ -5,7 +5,6 @@ Latencies are paired: the two models take turns, so a busy machine slows both; t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from tersor.forms import Operator
 from tersor.models.model import Batch, Model
+from tersor.models.timing import in_turn
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,9 @@ class Latency:
 
 def latency(original: Model, new: Model, batch: Batch, rounds: int = 9) -> Latency:
     """Run one batch through both models in turn."""
-    times: list[tuple[float, float]] = []
     with torch.no_grad():
-        for _ in range(rounds + 1):
-            times.append((_timed(original, batch), _timed(new, batch)))
-    a, b = (np.array(column) for column in zip(*times[1:], strict=True))
+        a, b = in_turn(original.device, lambda: original.outputs(batch), lambda: new.outputs(batch), rounds)
     return Latency(float(np.median(a)), float(np.median(b)), float(np.median(b / a)), rounds)
-
-
-def _timed(model: Model, batch: Batch) -> float:
-    synchronise(model.device)
-    start = time.perf_counter()
-    model.outputs(batch)
-    synchronise(model.device)
-    return time.perf_counter() - start
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def resident_bytes(module: nn.Module) -> int:

@@ -71,7 +71,6 @@ def judge(
     predicted_speed: float | None = None,
     pairs: Pairs | None = None,
     sequence_length: int = 256,
-    timing_batch: Batch | None = None,
     progress: Progress = lambda *_: None,
 ) -> Judgement:
     """Compare two models that take the same batches, `one` of a single sample. `pairs` are texts with a score."""
@@ -92,9 +91,8 @@ def judge(
     scores = score_all(original, batches, before, after)
     if pairs is not None:
         scores.append(_pairs(original, new, pairs, sequence_length))
-    timed = batches[0] if timing_batch is None else timing_batch
     sizes = [
-        Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, timed), m.module, m.device), flops[k])
+        Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, batches[0]), m.module, m.device), flops[k])
         for k, m in enumerate((original, new))
     ]
     return Judgement(
@@ -107,7 +105,7 @@ def judge(
         tuple(scores),
         sizes[0],
         sizes[1],
-        latency(original, new, timed),
+        latency(original, new, batches[0]),
         None if one is None else latency(original, new, one),
         predicted_speed,
     )
