@@ -215,15 +215,16 @@ class IntForm:
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[IntSetting] | None = None) -> list[Candidate]:
         shape: Shape = (weight.shape[0], weight.shape[1])
         ladder = self.settings(shape) if settings is None else settings
-        return [self._candidate(weight, metric, setting) for setting in ladder]
+        rows = metric.sampled_rows()
+        sample = None if rows is None else (weight[rows[0]], metric.of_rows(*rows))
 
-    def _candidate(self, weight: Tensor, metric: Metric, setting: IntSetting) -> Candidate:
-        """From a sample of the rows of a table, where each row has groups of its own."""
-        sample = metric.sampled_rows() if setting.axis == "columns" else None
-        if sample is None:
-            return fitted_candidate(self, weight, metric, setting)[1]
-        found = fitted_candidate(self, weight[sample[0]], metric.of_rows(*sample), setting)[1]
-        return replace(found, cost=cost_of(self, (weight.shape[0], weight.shape[1]), setting))
+        def candidate(setting: IntSetting) -> Candidate:
+            """From a sample of the rows of a table, where each row has groups of its own."""
+            if sample is None or setting.axis == "rows":
+                return fitted_candidate(self, weight, metric, setting)[1]
+            return replace(fitted_candidate(self, *sample, setting)[1], cost=cost_of(self, shape, setting))
+
+        return [candidate(setting) for setting in ladder]
 
     def fit(self, weight: Tensor, metric: Metric, setting: IntSetting) -> IntOperator:
         weight = weight.detach().float()

@@ -153,16 +153,15 @@ class Metric:
         """The inverse of `whiten`; float64."""
         return self.columns.unwhiten(self.rows.unwhiten(whitened).T).T
 
-    def of_rows(self, index: Tensor, counts: Tensor | None = None) -> Metric:
+    def of_rows(self, index: Tensor, counts: Tensor) -> Metric:
         """The metric of some rows of the weight, where rows do not feel one another.
 
-        With `counts` (rows,) a distance takes each for so many; fits do not see them.
+        A distance takes each for as many rows as its count says; fits do not see the counts.
         """
-        judge = None if self.judged_by is None else self.judged_by.of_rows(index, counts)
-        rows = self.rows.moment[index.to(self.rows.moment.device)]
-        if judge is None and counts is not None:
-            judge = replace(self, rows=Side(rows * counts.to(rows)))
-        return replace(self, rows=Side(rows), judged_by=judge)
+        index = index.to(self.rows.moment.device)
+        judge = self.judged_by or self
+        judged = judge.rows.moment[index] * counts.to(judge.rows.moment)
+        return replace(self, rows=Side(self.rows.moment[index]), judged_by=replace(judge, rows=Side(judged)))
 
     def sampled_rows(self, *, evenly: bool = False) -> tuple[Tensor, Tensor] | None:
         """Rows (k,) that stand for all of a tall weight whose rows do not feel one another, and for how many each (k,).
