@@ -183,7 +183,7 @@ def probe_gains(
 ) -> Iterator[str]:
     """Measure one probe a form at every site on held-back batches; measured over predicted is its gain there.
 
-    Half of the workers fit probes while half of the cores measure those before. `gain` is that of `int`, which forms
+    Half of the workers fit probes while half of the threads measure those before. `gain` is that of `int`, which forms
     without a probe of their own borrow; 1 where nothing is seen. Yields the name of every site when its gains are
     stored.
     """
@@ -194,9 +194,9 @@ def probe_gains(
             if probes:
                 yield site, partial(_probe_arguments, run, model, site, probes)
 
-    cores = os.cpu_count() or 1
-    workers = workers or cores
-    fitting, measuring = (1, cores) if workers == 1 else (max(2, workers // 2), max(1, cores // 2))
+    fitting, measuring = workers or os.cpu_count() or 1, torch.get_num_threads()
+    if fitting > 1:
+        fitting, measuring = max(2, fitting // 2), max(1, measuring // 2)
     for site, fits in map_units(fit_probes, units(), fitting, in_order=True):
         found = run.get(f"gain/{site.name}", {"predicted": 0.0, "measured": 0.0, "gain": 1.0, "by_form": {}})
         for name, (new, predicted) in fits.items():

@@ -76,7 +76,7 @@ def pool_of(workers: int | None = None) -> Iterator[ProcessPoolExecutor]:
     try:
         yield _pool
     finally:
-        _pool.shutdown(wait=False, cancel_futures=True)
+        _pool.shutdown(cancel_futures=True)
         _pool = None
 
 
