@@ -26,7 +26,7 @@ class Judge:
     def of(cls, known: Reference, model: Model) -> Judge:
         batches = model.batches(known.held_out, known.held_out_samples, known.sequence_length, known.batch_size)
         with torch.no_grad():
-            return cls(known, model, Outputs(model, batches))
+            return cls(known, model, Outputs(model, model.compact(batches)))
 
     def divergences(self) -> np.ndarray:
         """The divergence (samples,) of every held-out sample, of the model as it is now."""

@@ -80,7 +80,7 @@ def _minilm() -> Reference:
 
     def score(model: Any) -> np.ndarray:
         with torch.no_grad():
-            parts = [model.outputs(b).cpu() for b in model.encode_texts(texts, 128, 64)]
+            parts = [model.outputs(b).cpu() for _, b in model.encode_texts(texts, 128, 64)]
         found = dict(zip(texts, torch.nn.functional.normalize(torch.cat(parts).double(), dim=-1), strict=True))
         return np.array([float(found[a] @ found[b]) for a, b in zip(*pairs[:2], strict=True)])
 

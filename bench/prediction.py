@@ -112,7 +112,7 @@ def main() -> None:
     opened = known.study(run)
     samples = given.samples or known.held_out_samples // 2  # seventy candidates are measured, each on all of them
     batches = opened.model.batches(known.held_out, samples, known.sequence_length, known.batch_size, seed=0)
-    held = Reference(opened.model, batches)
+    held = Reference(opened.model, opened.model.compact(batches))
     rows = single_sites(opened, held, given.candidates)
     summarise(rows)
     smallest, largest = (float(b.rstrip("%")) for b in (known.budgets[-1], known.budgets[0]))

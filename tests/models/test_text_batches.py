@@ -75,10 +75,37 @@ def test_an_encoder_decoder_predicts_the_end_of_each_window(with_tokenizer: Make
 def test_padded_texts_are_predictions_one_each(with_tokenizer: Maker) -> None:
     model, found = batches(with_tokenizer("bert"), Data("x", texts=["ab", "abcdefghij", "c"]))
     assert found[0]["attention_mask"].tolist() == [[1, 1, 0, 0, 0, 0], [1] * 6]
-    alone = model.encode_texts(["ab"], 6, 1)[0]
+    ((numbers, alone),) = model.encode_texts(["ab"], 6, 1)
+    assert numbers == [0]
     with torch.no_grad():
         assert torch.allclose(model.outputs(found[0])[0], model.outputs(alone)[0], atol=1e-5)
     assert model.units(found[0]).tolist() == [0, 1]
+
+
+def test_compact_batches_hold_the_same_texts_with_less_padding(with_tokenizer: Maker) -> None:
+    texts = ["ab", "abcde", "c", "fghij", "ba", "ghijk"]
+    model, loose = batches(with_tokenizer("bert"), Data("x", texts=texts))
+    tight = model.compact(loose)
+    assert [b["input_ids"].shape[1] for b in loose] == [5, 5, 5]
+    assert [b["attention_mask"].sum(1).tolist() for b in tight] == [[1, 2], [2, 5], [5, 5]]
+    with torch.no_grad():
+        before, after = (torch.cat([model.outputs(b) for b in some]) for some in (loose, tight))
+    assert torch.allclose(before[[2, 0, 4, 1, 3, 5]], after, atol=1e-5)
+
+
+def test_compact_batches_keep_labels_and_leave_those_given_alone(with_tokenizer: Maker) -> None:
+    folder = with_tokenizer("bert-classifier")
+    model, loose = batches(folder, Data("x", texts=["abc", "a", "ab"], labels=np.array([2, 0, 1])))
+    assert [model.labels(b).tolist() for b in model.compact(loose)] == [[0, 1], [2]]
+    given = [{"input_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": torch.zeros(1, 3, dtype=torch.long)}]
+    assert model.compact(given) is given
+
+
+def test_texts_in_batches_of_like_length_come_with_their_numbers(with_tokenizer: Maker) -> None:
+    model: Any = open_model(with_tokenizer("bert"))
+    found = list(model.encode_texts(["abcde", "a", "abc"], 6, 2))
+    assert [numbers for numbers, _ in found] == [[1, 2], [0]]
+    assert [b["attention_mask"].sum(1).tolist() for _, b in found] == [[1, 3], [5]]
 
 
 def test_names_of_classes_become_their_numbers(with_tokenizer: Maker) -> None:

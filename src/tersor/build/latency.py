@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tersor.build.layers import layer_for
 from tersor.curves.draw import fit_site, site_metrics
 from tersor.forms import Operator, as_values, form_named, settings_of
-from tersor.models.model import Batch, Model
+from tersor.models.model import Batch, Model, size_of
 from tersor.models.sites import Site
 from tersor.models.timing import in_turn, seconds_of
 from tersor.plan import Latencies
@@ -38,7 +38,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # of a call
 
 def one_sample(model: Model, data: Any, sequence_length: int, seed: int = 0) -> Batch:
     """The largest of a few samples of the data, as a batch of one; of batches that were given, the largest."""
-    return max(model.batches(data, SAMPLES, sequence_length, 1, seed), key=_size)
+    return max(model.batches(data, SAMPLES, sequence_length, 1, seed), key=size_of)
 
 
 def measure_latencies(
@@ -154,7 +154,3 @@ def _inputs(model: Model, sites: Sequence[Site], batch: Batch) -> dict[str, list
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _size(batch: Batch) -> int:
-    return sum(tensor.numel() for tensor in _tensors(getattr(batch, "inputs", batch)))

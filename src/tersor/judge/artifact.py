@@ -47,7 +47,7 @@ def judge_artifact(
     plan = _plan_of(original, out)
     read = None if pairs is None else read_pairs(pairs)
     held_out = read_data(data)
-    batches = list(original.batches(held_out, samples, sequence_length, batch_size, seed=0))
+    batches = original.compact(original.batches(held_out, samples, sequence_length, batch_size, seed=0))
     new = adopt(original, out)
     known = walk(original.module).sites
     chosen = {c.site for c in plan.choices}
@@ -92,7 +92,7 @@ def judge_sites(
     """
     out = Path(out)
     plan = _plan_of(original, out)
-    batches = list(original.batches(read_data(data), samples, sequence_length, batch_size, seed=0))
+    batches = original.compact(original.batches(read_data(data), samples, sequence_length, batch_size, seed=0))
     built = adopt(original, out).module
     sites = {site.name: site for site in walk(original.module).sites}
     choices = [c for c in plan.choices if c.form != UNTOUCHED]

@@ -18,7 +18,7 @@ from tersor.judge.costs import Latency, latency, peak_bytes, resident_bytes
 from tersor.judge.intervals import Estimate, mean_estimate
 from tersor.judge.scores import Score, pair_score, paired, score_all, spearman
 from tersor.models.compare import mean_by_unit
-from tersor.models.model import Batch, Model
+from tersor.models.model import Batch, Model, size_of
 
 Pairs = tuple[list[str], list[str], np.ndarray]
 Progress = Callable[[str, int, int], Any]
@@ -38,8 +38,8 @@ class Sizes:
 class Judgement:
     """Everything that was measured. `divergence` is in `unit`; `predicted` is what the plan said, if known.
 
-    `latency` is of a batch, `latency_of_one` of the largest of a few samples alone; `predicted_speed` is what the plan
-    said of the latter, over the original's.
+    `latency` is of the largest batch, `latency_of_one` of the largest of a few samples alone; `predicted_speed` is what
+    the plan said of the latter, over the original's.
     """
 
     divergence_name: str
@@ -91,8 +91,9 @@ def judge(
     scores = score_all(original, batches, before, after)
     if pairs is not None:
         scores.append(_pairs(original, new, pairs, sequence_length))
+    largest = max(batches, key=size_of)
     sizes = [
-        Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, batches[0]), m.module, m.device), flops[k])
+        Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, largest), m.module, m.device), flops[k])
         for k, m in enumerate((original, new))
     ]
     return Judgement(
@@ -105,7 +106,7 @@ def judge(
         tuple(scores),
         sizes[0],
         sizes[1],
-        latency(original, new, batches[0]),
+        latency(original, new, largest),
         None if one is None else latency(original, new, one),
         predicted_speed,
     )
@@ -125,8 +126,8 @@ def _pairs(original: Model, new: Model, pairs: Pairs, sequence_length: int) -> S
     def embedder(model: Any) -> Any:
         def embed(texts: list[str]) -> Tensor:
             with torch.no_grad(), decoded(model.module):
-                parts = [model.outputs(b).cpu() for b in model.encode_texts(texts, sequence_length, 64)]
-            return torch.cat(parts)
+                found = [(n, model.outputs(b).cpu()) for n, b in model.encode_texts(texts, sequence_length, 64)]
+            return torch.cat([outputs for _, outputs in found])[np.argsort(np.concatenate([n for n, _ in found]))]
 
         return embed
 

@@ -31,6 +31,7 @@ _HEADS = (
     ("ForTokenClassification", "token-classifier"),
 )
 CHARACTERS = 4  # that make a token, roughly
+OF_TEXTS = ("encoder", "classifier", "regressor")  # heads with one prediction a text
 _DEFAULT_DIVERGENCE = {"encoder": "cosine", "regressor": "mse"}
 
 
@@ -88,9 +89,33 @@ class HuggingFaceModel:
             return self._windows(data, samples, sequence_length, batch_size)
         return self._padded(data, samples, sequence_length, batch_size)
 
-    def encode_texts(self, texts: list[str], sequence_length: int, batch_size: int) -> Sequence[Batch]:
-        """All texts as padded batches, in order."""
-        return self._padded(Data("texts", texts=texts), len(texts), sequence_length, batch_size)
+    def compact(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Texts that were padded, in batches of like length; others, and batches of the user's, as they are."""
+        known = {"input_ids", "attention_mask", "token_type_ids", "labels"}
+        if self._tokenizer is None or self.head not in OF_TEXTS or any(not known.issuperset(b) for b in batches):
+            return batches
+        size = max(len(batch["input_ids"]) for batch in batches)
+        rows = [
+            {key: batch[key][i][mask] for key in batch if key != "labels"}
+            for batch in batches
+            for i, mask in enumerate(batch["attention_mask"].bool())
+        ]
+        labels = torch.cat([b["labels"] for b in batches]) if "labels" in batches[0] else None
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        out = []
+        for some in (order[start : start + size] for start in range(0, len(order), size)):
+            batch = dict(self.tokenizer.pad([rows[i] for i in some], return_tensors="pt"))
+            out.append(self._moved(batch if labels is None else {**batch, "labels": labels[some]}))
+        return out
+
+    def encode_texts(
+        self, texts: list[str], sequence_length: int, batch_size: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """All texts as padded batches of like length, each with the numbers of its texts."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        sorted_texts = Data("texts", texts=[texts[i] for i in order])
+        for number, batch in enumerate(self._padded(sorted_texts, len(texts), sequence_length, batch_size)):
+            yield order[number * batch_size : (number + 1) * batch_size], batch
 
     def masks(self, batch: Batch) -> list[Tensor]:
         return [v for k, v in batch.items() if k in ("attention_mask", "decoder_attention_mask")]
@@ -113,12 +138,12 @@ class HuggingFaceModel:
                 following[:, :-1][batch["attention_mask"][:, 1:] == 0] = IGNORED
             return self._predictions(following, batch)
         labels: Tensor | None = batch.get("labels")
-        if labels is None or self.head in ("encoder", "classifier", "regressor"):
+        if labels is None or self.head in OF_TEXTS:
             return labels
         return self._predictions(labels, batch)
 
     def units(self, batch: Batch) -> Tensor:
-        if self.head in ("encoder", "classifier", "regressor"):
+        if self.head in OF_TEXTS:
             return torch.arange(len(batch["input_ids"]))
         key = "decoder_input_ids" if self.head == "seq2seq" else "input_ids"
         count, length = batch[key].shape

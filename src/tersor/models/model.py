@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tersor.data import Data
 from tersor.models.divergence import Divergence
@@ -28,6 +29,12 @@ class Identity:
     fingerprint: str
     stored_bytes: int
     details: dict[str, Any] = field(default_factory=dict)
+
+
+def size_of(batch: Batch) -> int:
+    """The numbers in the tensors of a batch."""
+    leaves = tree_leaves(getattr(batch, "inputs", batch))
+    return sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -51,6 +58,10 @@ class Model(Protocol):
         self, data: Data, samples: int | None, sequence_length: int, batch_size: int, seed: int | None = None
     ) -> Sequence[Batch]:
         """The first `samples` of the data; with a seed, samples from anywhere in it."""
+        ...
+
+    def compact(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The same samples, in batches with as little padding as can be."""
         ...
 
     def masks(self, batch: Batch) -> list[Tensor]: ...

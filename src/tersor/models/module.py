@@ -77,6 +77,9 @@ class ModuleModel:
             out.append(Example((self.preprocess(chosen.arrays[start:stop]).to(self.device),), labels))
         return out
 
+    def compact(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches
+
     def _example(self, batch: Any) -> Example:
         if isinstance(batch, Example):
             return batch

@@ -75,6 +75,7 @@ def study(
         if checked is not None:
             many = sum(int(opened.model.units(b).max()) + 1 for b in batches)
             fit, check = batches, _batches(opened, checked, max(1, many // 2), *sizes)
+        fit, check = (list(opened.model.compact(part)) for part in (fit, check))
     except TersorError:
         if fresh:
             opened.run.discard()
