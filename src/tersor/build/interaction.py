@@ -19,7 +19,7 @@ from tersor.models.sites import Site
 from tersor.plan import UNTOUCHED, Choice, Limits, Planner
 from tersor.run import Run
 
-PROBED_BITS = (3.2, 2.3)
+PROBED_BITS = (3.2, 2.3, 1.8)
 
 
 @contextmanager
