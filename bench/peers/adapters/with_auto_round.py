@@ -7,6 +7,7 @@ import json
 from auto_round import AutoRound
 from safetensors.torch import load_file
 from task import linear_layers, nbytes, open_model, read_task, timed, write_result
+from torch.nn.functional import pad
 from transformers import AutoTokenizer
 
 BATCH = 8  # its default, above which it refuses batches
@@ -17,8 +18,9 @@ def main() -> None:
     module, saved = open_model(task), task.folder / "saved"
     names = list(linear_layers(module))
     asked = task.setting
-    length = min(batch["input_ids"].shape[1] for batch in task.batches)  # it drops shorter ones
-    split = [{k: list(v.split(BATCH)) for k, v in batch.items()} for batch in task.batches]
+    length = max(batch["input_ids"].shape[1] for batch in task.batches)  # it drops shorter ones, so texts are padded
+    padded = [{k: pad(v, (0, length - v.shape[1])) for k, v in batch.items()} for batch in task.batches]
+    split = [{k: list(v.split(BATCH)) for k, v in batch.items()} for batch in padded]
     batches = [dict(zip(parts, part, strict=True)) for parts in split for part in zip(*parts.values(), strict=True)]
     rounder = AutoRound(
         module, tokenizer=AutoTokenizer.from_pretrained(task.model["folder"]), bits=asked["bits"],

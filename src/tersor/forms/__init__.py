@@ -44,9 +44,7 @@ FORMS: dict[str, Form] = {
         PortableForm(),
     )
 }
-# What a study draws unless forms are named. Trellis codes take longest, and are worth it where memory counts; portable
-# integers are no better than others, but other stacks read them.
-USUAL = tuple(name for name in FORMS if name not in ("trellis", "portable"))
+USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
 
 
 def form_named(name: str) -> Form:
