@@ -70,7 +70,7 @@ def test_json_alone_on_stdout(name: str, tersor: Callable[..., Any]) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("name", ["study", "front", "plan", "show", "methods", "report"])
+@pytest.mark.parametrize("name", ["study", "front", "plan", "show", "methods", "forms", "report"])
 def test_quiet_prints_nothing(name: str, tersor: Callable[..., Any]) -> None:
     result = tersor(*words_of(EXAMPLES[name]), "--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")

@@ -11,6 +11,8 @@ from tersor.cli.compress import compress
 from tersor.cli.console import guarded
 from tersor.cli.export import EXAMPLE as EXPORT
 from tersor.cli.export import export
+from tersor.cli.forms import EXAMPLE as FORMS
+from tersor.cli.forms import forms
 from tersor.cli.front import EXAMPLE as FRONT
 from tersor.cli.front import front
 from tersor.cli.judge import EXAMPLE as JUDGE
@@ -37,6 +39,7 @@ COMMANDS = (
     (show, SHOW),
     (report, REPORT),
     (methods, METHODS),
+    (forms, FORMS),
 )
 
 

@@ -21,11 +21,11 @@ def methods(
     """List the published methods with their paper, form, metric and allocation; or show one of them."""
     with progress_shown(as_json=as_json, quiet=quiet):
         from tersor.methods import METHODS, method_named
-        from tersor.report.tables import method_table, methods_table
+        from tersor.report.tables import methods_table, record_table
 
         if name is None:
             rows = [asdict(m) for m in METHODS.values()]
             give(rows, methods_table(rows), as_json=as_json, quiet=quiet)
         else:
             row = asdict(method_named(name))
-            give(row, method_table(row), as_json=as_json, quiet=quiet)
+            give(row, record_table(row), as_json=as_json, quiet=quiet)

@@ -40,7 +40,7 @@ FORMS: dict[str, Form] = {
         CodedForm(),
         TrellisForm(),
         LowRankForm(),
-        SumForm(IntForm(), LowRankForm(), _corrections),
+        SumForm(IntForm(), LowRankForm(), _corrections, "resident, at two and three bits, on wide weights"),
         PortableForm(),
     )
 }

@@ -110,9 +110,12 @@ class Form(Protocol):
     """A family of cheap operators. One file in `forms/`, one line in the registry.
 
     `curve` and `fit` give settings that are complete: from one, `empty` makes an operator of exactly the fitted sizes.
+    `stores` and `wins` say in a few words what lies in the file, and where the form is worth choosing.
     """
 
     name: str
+    stores: str
+    wins: str
 
     def settings(self, shape: Shape) -> Iterable[Any]: ...
 

@@ -137,6 +137,8 @@ class CodedForm:
     """Integers at their entropy."""
 
     name = "coded"
+    stores = "integers at their entropy, and an octave's quarter a row and a column"
+    wins = "at rest, at nearly every size; decoded at load"
 
     def settings(self, shape: Shape) -> Iterable[CodedSetting]:
         """Steps for a caller who knows no weight; a curve takes those at which its own has a rate within `RATES`."""

@@ -191,6 +191,8 @@ class IntForm:
     """Integers of 2 to 8 bits in groups."""
 
     name = "int"
+    stores = "packed integers of 2 to 8 bits, a scale a group or row"
+    wins = "resident, from three bits; nothing to decode at load"
 
     def __init__(self, rounding: str = "two-sided") -> None:
         self.rounding = rounding
@@ -249,6 +251,8 @@ class PortableForm(IntForm):
     """The integers that other formats hold as they are: whole zeros, 16-bit scales, groups that divide a row."""
 
     name = "portable"
+    stores = "packed integers of 2, 4, 8 bits, whole zeros, 16-bit scales"
+    wins = "where another stack must read the file"
 
     def settings(self, shape: Shape) -> Iterable[IntSetting]:
         for bits in (2, 4, 8):

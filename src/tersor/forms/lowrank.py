@@ -76,6 +76,8 @@ class LowRankForm:
     """Factors of a rank, in 16-bit floats or integers."""
 
     name = "lowrank"
+    stores = "two thin factors, 16-bit floats or integers"
+    wins = "where time counts, and on weights of low rank"
 
     def __init__(self, factor_bits: tuple[int | None, ...] = (None, 4)) -> None:
         self.factor_bits = factor_bits

@@ -35,9 +35,10 @@ class SumSetting:
 class SumForm:
     """Two forms added; `pairs(shape)` is the ladder of their settings."""
 
-    def __init__(self, first: Form, second: Form, pairs: Any) -> None:
-        self.first, self.second, self.pairs = first, second, pairs
+    def __init__(self, first: Form, second: Form, pairs: Any, wins: str) -> None:
+        self.first, self.second, self.pairs, self.wins = first, second, pairs, wins
         self.name = f"{first.name}+{second.name}"
+        self.stores = f"what {first.name} and {second.name} store"
 
     def settings(self, shape: Shape) -> Iterable[SumSetting]:
         for first, second in self.pairs(shape):

@@ -119,6 +119,8 @@ class TrellisForm:
     """Trellis-coded weights of a fixed size."""
 
     name = "trellis"
+    stores = "a fixed number of bits an entry, each window of 12 a value"
+    wins = "resident, below four bits; slow to fit"
 
     def settings(self, shape: Shape) -> Iterable[TrellisSetting]:
         whole = 4 * shape[0] * shape[1]

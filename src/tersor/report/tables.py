@@ -241,10 +241,19 @@ def methods_table(methods: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def method_table(method: Mapping[str, Any]) -> Table:
-    """Everything about one method."""
+def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:
+    """All forms, a line each; those that a study draws unless told otherwise are marked."""
+    table = _table(f"{len(forms)} forms, * drawn by default", "form", "stores", "wins", left=3)
+    table.columns[0].no_wrap = True
+    for f in forms:
+        table.add_row(Text(f["name"] + (" *" if f["by_default"] else "")), Text(f["stores"]), Text(f["wins"]))
+    return table
+
+
+def record_table(record: Mapping[str, Any]) -> Table:
+    """Everything about one method or form."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, value in method.items():
+    for name, value in record.items():
         if value:
             text = ", ".join(map(str, value)) if isinstance(value, tuple | list) else value
             text = ", ".join(f"{k} {_values(v)}" for k, v in text.items()) if isinstance(text, Mapping) else text
