@@ -215,7 +215,7 @@ def test_gains_are_measured_on_check_data(quick: dict[str, Any], tmp_path: Path)
 
 
 def test_a_coded_weight_has_a_probe_of_its_own(quick: dict[str, Any], tmp_path: Path) -> None:
-    options = {**quick, "gains": True, "forms": ("coded",), "settings": None}
+    options = {**quick, "gains": True, "forms": ("int", "coded"), "settings": None}
     opened = study(small_net(), batches(), tmp_path / "run", **options)
     gains = opened.run.get("gain/4")["by_form"]
     assert gains["coded"] > 0 and gains["coded"] != gains["int"] == opened.run.gain("4", "int")

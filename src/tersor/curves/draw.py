@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
+from tersor.curves.scouts import scouts_of, worth_drawing
 from tersor.engine import map_units, threads
 from tersor.forms import (
     FORMS,
@@ -48,7 +49,7 @@ Ladders = Mapping[str, Sequence[Mapping[str, Any]]]  # by the name of a form, se
 def site_metrics(run: Run, site: Site, kind: str | None = None) -> list[Metric]:
     """The damped metrics of the matrices of a site, as the study chose them."""
     kind = kind or run.get("metric")
-    if site.name in run.get("unused_sites", ()):
+    if _is_unused(run, site):
         return [identity_metric(site)] * site.stack
     damping = Damping(**run.get("damping"))
     return [damping.apply(m, table=site.kind == "table") for m in load_metrics(run, site, kind)]
@@ -98,23 +99,47 @@ def draw_all(
     forms: Sequence[str],
     workers: int | None = None,
     settings: Ladders | None = None,
+    resources: Sequence[str] | None = None,
 ) -> Iterator[str]:
     """Draw the curves that are not in the run yet, a unit a site; yields the name of every site when it is stored.
 
-    `settings` replaces the ladder of a form, by its name, with settings given as plain values.
+    `settings` replaces the ladder of a form, by its name, with settings given as plain values. With `resources`, the
+    costs that will be limited, a few scouts draw all forms and the other sites those that came near to the best there.
     """
-    by_name = {site.name: site for site in sites}
     unseen = run.get("unseen_sites", ())  # used, but not as could be watched: they stay as they are
+    sites = [site for site in sites if site.name not in unseen]
+    scouts = list(sites) if resources is None else scouts_of([s for s in sites if not _is_unused(run, s)])
+    yield from _draw(run, model, scouts, forms, workers, settings)
+    others, worth = [site for site in sites if site not in scouts], set(forms)
+    if resources is not None:
+        named = [[c for c in run.candidates(site.name) if c.form in forms] for site in scouts]
+        worth = worth_drawing(named, resources) or worth
+    yield from _draw(run, model, others, [name for name in forms if name in worth], workers, settings)
+    left_out = sorted(set(forms) - worth)
+    run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if resources and left_out else None)
 
+
+def _is_unused(run: Run, site: Site) -> bool:
+    return site.name in run.get("unused_sites", ())
+
+
+def _draw(
+    run: Run,
+    model: Model,
+    sites: Sequence[Site],
+    forms: Sequence[str],
+    workers: int | None,
+    settings: Ladders | None,
+) -> Iterator[str]:
     def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
         for site in sorted(sites, key=lambda s: -s.parameters):
             missing = [name for name in forms if not run.is_drawn(site.name, name)]
-            if missing and site.name not in unseen:
+            if missing:
                 yield site.name, partial(_arguments, run, model, site, missing, settings)
 
     for name, curves in map_units(draw_unit, units(), workers):
         for form, (curve, seconds) in curves.items():
-            run.add_candidates(by_name[name].name, form, curve, seconds)
+            run.add_candidates(name, form, curve, seconds)
         yield name
 
 
@@ -184,8 +209,8 @@ def probe_gains(
     """Measure one probe a form at every site on held-back batches; measured over predicted is its gain there.
 
     Half of the workers fit probes while half of the threads measure those before. `gain` is that of `int`, which forms
-    without a probe of their own borrow; 1 where nothing is seen. Yields the name of every site when its gains are
-    stored.
+    without a probe of their own borrow, or of the first form where that is not probed; 1 where nothing is seen. Yields
+    the name of every site when its gains are stored.
     """
 
     def units() -> Iterator[tuple[Site, Callable[[], tuple[Any, ...]]]]:
@@ -198,28 +223,31 @@ def probe_gains(
     if fitting > 1:
         fitting, measuring = max(2, fitting // 2), max(1, measuring // 2)
     for site, fits in map_units(fit_probes, units(), fitting, in_order=True):
-        found = run.get(f"gain/{site.name}", {"predicted": 0.0, "measured": 0.0, "gain": 1.0, "by_form": {}})
+        found = run.get(f"gain/{site.name}", {"by_form": {}})
         for name, (new, predicted) in fits.items():
             with threads(measuring), reference.starting_at(site), substituted(model, site, new):
                 measured = reference.divergence()
             gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
             found["by_form"][name] = gain
-            if name == "int":
+            if name == "int" or "gain" not in found:
                 found |= {"predicted": predicted, "measured": measured, "gain": gain}
         run.put(f"gain/{site.name}", found)
         yield site.name
 
 
 def _missing_probes(run: Run, site: Site, forms: Sequence[str]) -> dict[str, Any]:
-    """The probes that are not measured yet, by form; none for a site that the model does not use."""
-    if site.name in run.get("unused_sites", ()):
+    """The probes that are not measured yet, by form; none for a site that the model does not use.
+
+    Where a form that is drawn there has no probe of its own, or none is drawn, that of `int` is one of them.
+    """
+    if _is_unused(run, site):
         return {}
     known, drawn = run.get(f"gain/{site.name}", {"by_form": {}})["by_form"], list(run.candidates(site.name))
-    curves = {
-        name: [_of_one(c, site.stack) for c in drawn if c.form == name] for name in dict.fromkeys(("int", *forms))
-    }
-    probes = {name: form_named(name).probe(site.shape, curve) for name, curve in curves.items() if name not in known}
-    return {name: probe for name, probe in probes.items() if probe is not None}
+    curves = {name: [_of_one(c, site.stack) for c in drawn if c.form == name] for name in forms}
+    probes = {name: form_named(name).probe(site.shape, curve) for name, curve in curves.items() if curve}
+    if not probes or None in probes.values():
+        probes["int"] = form_named("int").probe(site.shape, curves.get("int", ()))
+    return {name: probe for name, probe in probes.items() if probe is not None and name not in known}
 
 
 def _probe_arguments(run: Run, model: Model, site: Site, probes: dict[str, Any]) -> tuple[Any, ...]:

@@ -26,6 +26,17 @@ class Limits:
     bits: float | None = None
     latency: float | None = None
 
+    @property
+    def of_bytes(self) -> tuple[str, ...] | None:
+        """The sizes that are limited, of `stored` and `resident`, or None where something beside sizes is.
+
+        Under a limit on the divergence alone the stored size is what is made small.
+        """
+        if self.flops is not None or self.latency is not None:
+            return None
+        on_disk = self.stored is not None or self.bits is not None or self.resident is None
+        return (("stored",) if on_disk else ()) + (("resident",) if self.resident is not None else ())
+
 
 def parse_limits(
     budget: str | None = None,

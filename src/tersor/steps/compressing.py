@@ -94,7 +94,8 @@ def compress(
         "divergence": max_divergence,
     }
     # What cannot be read is refused before the work.
-    timed = parse_limits(budget, whole_bytes=1, whole_flops=1, whole_latency=1.0, **asked).latency is not None
+    asked_for = parse_limits(budget, whole_bytes=1, whole_flops=1, whole_latency=1.0, **asked)
+    timed = asked_for.latency is not None
     data = read_data(data)
     held_out = None if held_out is None else read_data(held_out)
     if options.get("check_data") is not None:
@@ -104,6 +105,8 @@ def compress(
     folder = Path(f"{out}.run") if run is None else Path(run)
     drawn = (*USUAL, "trellis") if forms is None and memory_budget is not None else forms
     options["latency"] = timed or options.get("latency", False)
+    if forms is None and choose is None:
+        options.setdefault("resources", asked_for.of_bytes)
     workers = options.get("workers")
     with pool_of(workers):
         opened = study(model, data, folder, forms=drawn, progress=progress, **options)

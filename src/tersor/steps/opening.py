@@ -19,6 +19,7 @@ from tersor.plan import Latencies, Limits, Plan, Planner, parse_limits
 from tersor.run import Run
 
 Progress = Callable[[str, str, int, int], Any]
+_AGAIN = "call `tersor study` with this run, its model and its data, which draws the rest"
 
 
 def silent(step: str, what: str, done: int, total: int) -> None:
@@ -59,13 +60,16 @@ class Study:
         return plan_run(self.run, budget, forms=forms, **limits)
 
     def plan_within(self, limits: Limits, forms: Sequence[str] | None = None, name: str | None = None) -> Plan:
-        return _keep(self.run, self.planner(forms).plan(limits), name)
+        return _plan_within(self.run, limits, forms, name)
 
 
 def planner_of(run: Run, forms: Sequence[str] | None = None) -> Planner:
     """The planner over the curves in a run; it needs no model. `forms` restricts the menus."""
     for name in forms or ():
         form_named(name)
+    left_out = (run.get("drawn_for") or {}).get("left_out", ())
+    if forms and set(forms) & set(left_out):
+        raise TersorError(f"{', '.join(left_out)}: drawn at a few sites of {run.folder} only; {_AGAIN}.")
     layout = Layout.from_json(run.get("layout"))
     return Planner.of(run, layout.sites, layout.file_bytes, forms)
 
@@ -91,7 +95,14 @@ def limits_of(run: Run, budget: str | None = None, **limits: Any) -> Limits:
 def plan_run(run: Run, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
     """The best plan of a run under a budget such as `35%`, `4.25bits` or `40ms`; see `parse_limits` for `limits`."""
     found = limits_of(run, budget, **limits)
-    return _keep(run, planner_of(run, forms).plan(found), plan_name(budget, forms, **limits))
+    return _plan_within(run, found, forms, plan_name(budget, forms, **limits))
+
+
+def _plan_within(run: Run, limits: Limits, forms: Sequence[str] | None, name: str | None) -> Plan:
+    drawn_for = run.get("drawn_for")
+    if drawn_for is not None and not set(limits.of_bytes or ["time or FLOPs"]) <= set(drawn_for["resources"]):
+        raise TersorError(f"The study in {run.folder} drew what limits on other costs need; {_AGAIN}.")
+    return _keep(run, planner_of(run, forms).plan(limits), name)
 
 
 def _keep(run: Run, plan: Plan, name: str | None) -> Plan:

@@ -49,6 +49,7 @@ def study(
     settings: Ladders | None = None,
     check_data: str | Path | Data | Sequence[Any] | None = None,
     latency: bool = False,
+    resources: Sequence[str] | None = None,
     workers: int | None = None,
     progress: Progress = silent,
     **options: Any,
@@ -58,7 +59,9 @@ def study(
     `metric` is one of `identity`, `diagonal`, `input`, `output`, `kronecker`; `input` needs no backward pass. Damping
     is chosen and gains are measured on `check_data`, half as many samples; without it, on one calibration batch
     in five, held back. `settings` replaces the ladder of a form, by its name, with settings as plain values. With
-    `latency` every site is timed in every form on this machine, for budgets of time. Raises TersorError for bad input.
+    `latency` every site is timed in every form on this machine, for budgets of time. With `resources`, of `stored` and
+    `resident`, forms that no plan under limits on these would use are found on a few sites, and drawn there alone.
+    Raises TersorError for bad input.
     """
     if metric not in KINDS:
         raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
@@ -105,7 +108,8 @@ def study(
     with pool_of(workers):
         start = time.perf_counter()
         progress("draw", "curves of all sites", 0, len(opened.sites))
-        for number, name in enumerate(draw_all(opened.run, opened.model, opened.sites, forms, workers, settings), 1):
+        drawing = draw_all(opened.run, opened.model, opened.sites, forms, workers, settings, resources)
+        for number, name in enumerate(drawing, 1):
             progress("draw", name, number, len(opened.sites))
         add_seconds(opened.run, "draw", start)
         if gains:

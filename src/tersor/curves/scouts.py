@@ -1,0 +1,53 @@
+"""Finding out on a few sites which forms a plan could use, so that the others need not be fitted everywhere.
+
+A form that nowhere among the scouts comes near to what the others do at equal cost is left out elsewhere. Which cost
+that is depends on the budgets to come: what takes few bytes on disk may take many in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tersor.forms import Candidate
+from tersor.models.sites import Site
+
+SHARE = 6  # sites of one kind and shape for which one stands
+NEAR = 1.1  # times the damage of the others, at most, for a form to be worth drawing
+RUIN = 0.25  # of the worst damage at a site: a candidate that does more is not worth having
+
+
+def scouts_of(sites: Sequence[Site]) -> list[Site]:
+    """From the middle of every run of `SHARE` sites of one kind and shape."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.kind, site.parameter_shape), []).append(site)
+    return [site for group in groups.values() for site in group[(min(len(group), SHARE) - 1) // 2 :: SHARE]]
+
+
+def worth_drawing(curves: Iterable[Sequence[Candidate]], resources: Sequence[str]) -> set[str]:
+    """The forms that somewhere do at most `NEAR` times the damage of all others at the same cost.
+
+    `curves` has the candidates of all forms, a site each; `resources` are the costs that will be limited, of `stored`,
+    `resident` and `flops`.
+    """
+    found: set[str] = set()
+    for candidates in curves:
+        ruin = RUIN * max(c.divergence for c in candidates)
+        for form in {c.form for c in candidates} - found:
+            own = [c for c in candidates if c.form == form and c.divergence <= ruin]
+            others = [c for c in candidates if c.form != form]
+            if not others or any(_comes_near(own, others, resource) for resource in resources):
+                found.add(form)
+    return found
+
+
+def _comes_near(own: Sequence[Candidate], others: Sequence[Candidate], resource: str) -> bool:
+    """Whether one of `own` does hardly more damage than the others, by the logarithm between their best."""
+    cost, damage = np.array([(getattr(c.cost, resource), c.divergence) for c in others], dtype=float).T
+    order = np.lexsort((damage, cost))
+    best = np.minimum.accumulate(np.log(np.maximum(damage[order], 1e-300)))
+    here = [getattr(c.cost, resource) for c in own]
+    there = np.interp(here, cost[order], best, left=np.inf)
+    return bool((np.log([max(c.divergence, 1e-300) for c in own]) <= there + np.log(NEAR)).any())

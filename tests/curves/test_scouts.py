@@ -1,0 +1,92 @@
+"""A form that no plan would use is drawn at a few sites only, and what was not drawn is said, not passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tersor.curves.scouts import scouts_of, worth_drawing
+from tersor.errors import TersorError
+from tersor.forms import Candidate, Cost
+from tersor.steps import Study, study
+
+BLOCKS = 9
+
+
+def site(name: str, shape: tuple[int, int] = (64, 64)) -> Any:
+    return SimpleNamespace(name=name, kind="linear", parameter_shape=shape)
+
+
+def candidate(form: str, stored: int, divergence: float, resident: int | None = None) -> Candidate:
+    return Candidate(form, SimpleNamespace(label=""), Cost(stored, resident or stored, 1), divergence)  # type: ignore[arg-type]
+
+
+def test_every_kind_of_site_has_a_scout_from_its_middle() -> None:
+    sites = [site(str(n)) for n in range(14)] + [site("wide", (64, 256))]
+    assert [s.name for s in scouts_of(sites)] == ["2", "8", "wide"]
+    assert [s.name for s in scouts_of(sites[:3])] == ["1"]
+
+
+def test_a_form_is_worth_drawing_where_it_comes_near_to_the_others() -> None:
+    good = [candidate("good", size, 2.0**-size, resident=4 * size) for size in (0, 2, 4, 6)]
+    bad = [candidate("bad", size, 2.0 ** (1 - size)) for size in (2, 3, 5)]
+    assert worth_drawing([good + bad], ["stored"]) == {"good"}
+    assert worth_drawing([good + bad], ["stored", "resident"]) == {"good", "bad"}
+    near = [candidate("near", 3, 1.05 * 2.0**-3)]
+    assert worth_drawing([good + bad, good + near], ["stored"]) == {"good", "near"}
+    assert worth_drawing([bad], ["stored"]) == {"bad"}
+
+
+def test_ruin_is_not_worth_drawing() -> None:
+    good = [candidate("good", size, 2.0**-size) for size in (2, 4, 6)]
+    assert worth_drawing([[*good, candidate("ruin", 1, 0.9)]], ["stored"]) == {"good"}
+
+
+class Net(nn.Module):
+    """Rotations one after the other: nothing in them has a low rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Linear(96, 96) for _ in range(BLOCKS)))
+        for block in self.blocks:
+            nn.init.orthogonal_(block.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.blocks(x)
+        return found
+
+
+def studied(run: Path, **options: Any) -> Study:
+    torch.manual_seed(0)
+    net, generator = Net(), torch.Generator().manual_seed(0)
+    batches = [torch.randn(200, 96, generator=generator) for _ in range(5)]
+    return study(net, batches, run, forms=("coded", "lowrank"), workers=1, **options)
+
+
+def test_the_rest_is_drawn_when_it_is_asked_for(tmp_path: Path) -> None:
+    opened = studied(tmp_path / "run", resources=("stored",))
+    drawn = [s.name for s in opened.sites if opened.run.is_drawn(s.name, "lowrank")]
+    assert drawn == [s.name for s in scouts_of(opened.sites)] and len(drawn) == 2
+    assert all(opened.run.is_drawn(s.name, "coded") for s in opened.sites)
+    assert opened.run.get(f"gain/{opened.sites[0].name}")["by_form"].keys() == {"coded"}
+    sparing = opened.plan("3bits")
+    with pytest.raises(TersorError, match="lowrank: drawn at a few sites"):
+        opened.plan("3bits", forms=["lowrank"])
+    with pytest.raises(TersorError, match="drew what limits on other costs need"):
+        opened.plan("3bits", memory_budget="90%")
+    with pytest.raises(TersorError, match="drew what limits on other costs need"):
+        opened.plan("3bits", flops_budget="90%")
+    opened = studied(tmp_path / "run")
+    assert all(opened.run.is_drawn(s.name, "lowrank") for s in opened.sites)
+    assert opened.plan("6bits", forms=["lowrank"]).stored > 0
+    assert sparing.divergence == pytest.approx(opened.plan("3bits").divergence, rel=0.01)
+
+
+def test_forms_that_are_needed_for_another_cost_are_drawn_for_it(tmp_path: Path) -> None:
+    opened = studied(tmp_path / "run", resources=("stored", "resident"))
+    assert opened.plan("6bits", memory_budget="90%").resident > 0
