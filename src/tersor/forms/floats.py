@@ -195,12 +195,12 @@ class Scales:
         if self.kind == "e8m0":
             return (scale.log2().round() + 127).clamp(0, 254).to(torch.uint8)
         assert self.whole is not None
-        if self.kind == "log":
-            low, step = self.whole
-            return ((scale.clamp_min(1e-30).log2() - low) / step).round().clamp(0, 255).to(torch.uint8)
-        share = (scale / self.whole).clamp_max(max(levels_of("e4m3")))
-        codes: Tensor = share.to(torch.float8_e4m3fn).view(torch.uint8).clamp_min(1)
-        return codes
+        if self.kind == "e4m3":
+            share: Tensor = (scale / self.whole).clamp_max(max(levels_of("e4m3"))).to(torch.float8_e4m3fn)
+            return share.view(torch.uint8).clamp_min(1)
+        low, step = self.whole
+        codes: Tensor = ((scale.clamp_min(1e-30).log2() - low) / step).round().clamp(0, 255)
+        return codes.to(torch.uint8)
 
     def values(self, stored: Tensor) -> Tensor:
         if self.kind == "half":
