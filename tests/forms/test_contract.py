@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def plain_integers(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     return form.fit(torch.zeros_like(weight), metric, setting)
 
 
+def plain_floats(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """Round to nearest between the extremes of every group, with the bytes of `setting`."""
+    return form_named("float").fit(weight, metric, replace(setting, rounding="nearest", search=False))
+
+
 NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "int": plain_rounding,
     "coded": plain_integers,
@@ -63,6 +69,7 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "lowrank": plain_svd,
     "int+lowrank": first_term,
     "portable": plain_rounding,
+    "float": plain_floats,
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
 each_setting = pytest.mark.parametrize(("form", "setting"), CASES)
@@ -131,7 +138,7 @@ def test_the_curve_predicts_the_fit(form: Form, setting: Any, make_metric: Maker
 
 
 @pytest.mark.parametrize(
-    "form", [f for f in FORMS.values() if f.name in ("int", "lowrank", "int+lowrank")], ids=lambda f: f.name
+    "form", [f for f in FORMS.values() if f.name in ("int", "lowrank", "int+lowrank", "float")], ids=lambda f: f.name
 )
 def test_a_table_is_drawn_from_some_of_its_rows(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frequencies fall off as those of words do, so that the first rows do most of the damage."""

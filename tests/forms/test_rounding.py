@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersor.forms.rounding import TILE, Grid, Prices, round_with_feedback
+from tersor.forms.rounding import TILE, Grid, Levels, Prices, round_with_feedback
 from tersor.metrics import Side
 
 
@@ -74,6 +74,31 @@ def test_it_equals_the_plain_loop(shape: tuple[int, int], by_rows: bool, by_colu
     found = round_with_feedback(weight, grid, rows, columns)
     exact = by_loop(weight, scale, rows, columns, grid.prices)
     assert torch.equal((found / scale).round(), (exact / scale).round())  # to the last integer
+
+
+@pytest.mark.parametrize("sides", ["neither", "one", "both"])
+def test_a_table_of_integers_is_the_grid(sides: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    shape = (TILE + 7, TILE + 5)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    scale = torch.rand(shape, generator=generator, dtype=torch.float64) * 0.2 + 0.2
+    rows = unit_lower(shape[0], generator) if sides == "both" else None
+    columns = unit_lower(shape[1], generator) if sides != "neither" else None
+    grid = Grid(scale, torch.zeros_like(scale), 4.0, -5.0)
+    levels = Levels(scale, torch.arange(-5.0, 5.0, dtype=torch.float64))
+    found, exact = (round_with_feedback(weight, g, rows, columns) for g in (levels, grid))
+    assert torch.allclose(found, exact, rtol=0, atol=1e-9)
+    assert torch.equal(levels.codes(found) - 5, grid.codes(exact))
+
+
+def test_an_uneven_table_takes_the_nearest_of_its_levels() -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(30, 20, generator=generator, dtype=torch.float64)
+    table = torch.tensor([-2.0, -1.9, -0.3, 0.0, 0.01, 0.7, 3.0], dtype=torch.float64)
+    lower = unit_lower(20, generator)
+    rounded = round_with_feedback(weight, Levels(torch.full_like(weight, 0.5), table), None, lower)
+    targets = weight + (weight - rounded) @ lower.tril(-1)
+    assert torch.equal(rounded, 0.5 * table[(targets[..., None] / 0.5 - table).abs().argmin(-1)])
 
 
 def test_values_beyond_the_grid_take_its_ends() -> None:

@@ -11,6 +11,7 @@ import numba
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+CELLS = 4096
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -68,3 +69,102 @@ def settle(
     for i in range(rows):
         for j in range(columns):
             error[i, j] = made[j, i]
+
+
+@numba.njit(cache=True, nogil=True)
+def _place(value: Any, bounds: Array) -> int:
+    """How many of the rising `bounds` lie below `value`."""
+    low, count = 0, bounds.size
+    while count > 0:
+        half = count // 2
+        if bounds[low + half] < value:
+            low += half + 1
+            count -= half + 1
+        else:
+            count = half
+    return low
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def settle_levels(
+    target: Array,
+    weight: Array,
+    scale: Array,
+    levels: Array,
+    bounds: Array,
+    lower_o: Array,
+    lower_i: Array,
+    rounded: Array,
+    error: Array,
+) -> None:
+    """`settle` for the values of a table: an entry takes the nearest of `scale * levels`, which `bounds` part."""
+    rows, columns = target.shape
+    made = np.empty((columns, rows), dtype=target.dtype)
+    along = np.empty(rows, dtype=target.dtype)  # (E L_i) of the columns settled before
+    moved = np.empty(rows, dtype=target.dtype)
+    for j in range(columns - 1, -1, -1):
+        along[:] = 0
+        for m in range(j + 1, columns):
+            factor = lower_i[m, j]
+            for i in range(rows):
+                along[i] += factor * made[m, i]
+        for i in range(rows):
+            moved[i] = target[i, j] + along[i]
+        for i in range(rows - 1, -1, -1):
+            value = levels[_place(moved[i] / scale[i, j], bounds)] * scale[i, j]
+            rounded[i, j] = value
+            made[j, i] = weight[i, j] - value
+            if len(lower_o):
+                felt = along[i] + made[j, i]
+                for k in range(i):
+                    moved[k] += felt * lower_o[i, k]
+    for i in range(rows):
+        for j in range(columns):
+            error[i, j] = made[j, i]
+
+
+@numba.njit(cache=True, nogil=True)
+def _starts(bounds: Array) -> tuple[Array, Any, Any]:
+    """Where a walk to the place of a value may start: for each of `CELLS` equal parts of the range of the bounds.
+
+    With the range's lower end, and the parts to a unit. A value that is rounded into the next part is still reached.
+    """
+    low, cells = bounds[0], (CELLS - 2) / (bounds[-1] - bounds[0])
+    starts = np.empty(CELLS, np.int32)
+    for k in range(CELLS):
+        starts[k] = _place(low + (k - 1) / cells, bounds)
+    return starts, low, bounds.dtype.type(cells)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def best_scales(
+    weight: Array, importance: Array, trials: Array, levels: Array, bounds: Array, best: Array, fit: Array
+) -> None:
+    """Of the scales tried for a group, that of the least importance-weighted error of plain rounding, into `best`.
+
+    `weight` and `importance` are (rows, groups, size), `trials` (rows, groups, count). Into `fit` goes the
+    least-squares scale of the levels taken at the best, zero where all of them are zero.
+    """
+    starts, low, cells = _starts(bounds)
+    for i in range(weight.shape[0]):
+        for g in range(weight.shape[1]):
+            least = np.inf
+            best[i, g], fit[i, g] = trials[i, g, 0], 0
+            for scale in trials[i, g]:
+                error, along, square = 0.0, 0.0, 0.0
+                for c in range(weight.shape[2]):
+                    w, h = weight[i, g, c], importance[i, g, c]
+                    value = w / scale
+                    place = starts[int(min(max((value - low) * cells, 0), CELLS - 1))]
+                    while place < bounds.size and bounds[place] < value:
+                        place += 1
+                    level = levels[place]
+                    felt = h * level
+                    error += h * (w - level * scale) ** 2
+                    along += felt * w
+                    square += felt * level
+                    if error >= least:
+                        break
+                if error < least:
+                    least = error
+                    best[i, g], fit[i, g] = scale, (along / square if square > 0 else 0)

@@ -7,6 +7,7 @@ remains is the plain rounding error of that entry (P147 Model-Preserving Adaptiv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 TILE = 96
 PRICED = 1 << 20  # entries whose prices are looked up at a time
 FREE_ROWS = 256  # rows of a tile where they do not feel one another
+
+Tile = tuple[slice, slice]
+Settler = Callable[..., None]  # of a tile's place, its targets, the two inner factors, and where to write
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,59 @@ class Grid:
         prices = None if self.prices is None else Prices(self.prices.table, self.prices.classes.T)
         return Grid(self.scale.T, self.zero.T, self.top, self.low, prices)
 
+    def settler(self, weight: Tensor) -> Settler:
+        """The compiled loop that rounds a tile of `weight` to this grid; see `kernels.settle`."""
+        from tersor.forms.kernels import settle
+
+        scale, zero = (g.to(weight).contiguous() for g in (self.scale, self.zero))
+        prices = self.prices or Prices(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.uint8).expand(weight.shape))
+        table = prices.table.to(weight).numpy()
+
+        def tile(at: Tile, target: Tensor, *made: Tensor) -> None:
+            values = [t.numpy() for t in (target, weight[at], scale[at], zero[at])]
+            classes, others = prices.classes[at].numpy(), [t.numpy() for t in made]
+            settle(*values, self.low, self.top, table, classes, *others)  # type: ignore[arg-type,call-arg]
+
+        return tile
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The values of a table: `scale * level`, with rising `levels` (count,) and a scale for every entry."""
+
+    scale: Tensor
+    levels: Tensor
+
+    @property
+    def bounds(self) -> Tensor:
+        """Halfway between neighbours (count - 1,); what lies on one is rounded down."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
+    def codes(self, values: Tensor) -> Tensor:
+        """The places in `levels` of those nearest to `values` (rows, columns)."""
+        return torch.bucketize(values / self.scale, self.bounds)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The values of the table at `codes(values)`."""
+        return self.levels[self.codes(values)] * self.scale
+
+    @property
+    def turned(self) -> Levels:
+        return Levels(self.scale.T, self.levels)
+
+    def settler(self, weight: Tensor) -> Settler:
+        """The compiled loop that rounds a tile of `weight` to these levels; see `kernels.settle_levels`."""
+        from tersor.forms.kernels import settle_levels
+
+        scale = self.scale.to(weight).contiguous()
+        table = [t.to(weight).numpy() for t in (self.levels, self.bounds)]
+
+        def tile(at: Tile, target: Tensor, *made: Tensor) -> None:
+            values = [t.numpy() for t in (target, weight[at], scale[at])]
+            settle_levels(*values, *table, *(t.numpy() for t in made))
+
+        return tile
+
 
 def _cheaper(exact: Tensor, codes: Tensor, table: Tensor, classes: Tensor) -> Tensor:
     """The codes, or the next towards zero where that costs less in all."""
@@ -69,7 +126,7 @@ def _cheaper(exact: Tensor, codes: Tensor, table: Tensor, classes: Tensor) -> Te
     return torch.where((cost(toward) < cost(codes)) & (codes.abs() <= dearest), toward, codes)
 
 
-def round_with_feedback(weight: Tensor, grid: Grid, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+def round_with_feedback(weight: Tensor, grid: Grid | Levels, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """Return the weight (rows, columns) rounded to the grid.
 
     `rows` (rows, rows) and `columns` (columns, columns) are the unit lower factors of the two moments, None for the
@@ -82,18 +139,14 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Tensor | None, columns
     return _by_tiles(weight, grid, rows, columns)
 
 
-def _by_tiles(weight: Tensor, grid: Grid, lower_o: Tensor | None, lower_i: Tensor) -> Tensor:
+def _by_tiles(weight: Tensor, grid: Grid | Levels, lower_o: Tensor | None, lower_i: Tensor) -> Tensor:
     """Tiles from the last to the first; what lies outside of a tile enters its targets as matrix products.
 
     With `F = E L_i`, a target is its weight plus `L_o^T F` over the rows below and the columns after it, all settled
     already. The result equals the plain double loop but for the order of the sums.
     """
-    from tersor.forms.kernels import settle
-
     weight = weight.cpu().contiguous()
-    scale, zero = (g.to(weight).contiguous() for g in (grid.scale, grid.zero))
-    prices = grid.prices or Prices(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.uint8).expand(weight.shape))
-    table = prices.table.to(weight).numpy()
+    settle = grid.settler(weight)
     lower_i = lower_i.to(weight)
     lower_o = None if lower_o is None else lower_o.to(weight)
     rounded, error, spread = torch.empty_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)
@@ -108,9 +161,7 @@ def _by_tiles(weight: Tensor, grid: Grid, lower_o: Tensor | None, lower_i: Tenso
             if below is not None:
                 target += below[:, i]
             at = (o, i)
-            values = [t.numpy() for t in (target, weight[at], scale[at], zero[at])]
-            made = [t.numpy() for t in (inner_o, inner_i, rounded[at], error[at])]
-            settle(*values, grid.low, grid.top, table, prices.classes[at].numpy(), *made)  # type: ignore[arg-type,call-arg]
+            settle(at, target, inner_o, inner_i, rounded[at], error[at])
             if lower_o is not None:
                 spread[at] = later + error[at] @ inner_i
     return rounded

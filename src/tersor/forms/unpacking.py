@@ -119,6 +119,18 @@ def logarithmic(
 
 
 @_compiled
+def looked_up(packed: Array, bits: int, size: int, table: Array, scales: Array, out: Array) -> None:
+    """`scale table[code]` with scales (rows, groups) of `size` columns each."""
+    columns = out.shape[1]
+    codes = np.empty(columns // 8 * 8 + 8, np.uint8)
+    for i in range(out.shape[0]):
+        _spread(packed[i], bits, columns, codes)
+        for g in range(scales.shape[1]):
+            for c in range(g * size, min((g + 1) * size, columns)):
+                out[i, c] = table[codes[c]] * scales[i, g]
+
+
+@_compiled
 def by_columns(packed: Array, bits: int, group_of: Array, scales: Array, zeros: Array, out: Array) -> None:
     """`scale (code - zero)` with scales and zeros (groups, columns), and the group of every row."""
     columns = out.shape[1]
