@@ -19,6 +19,7 @@ from tersor.forms.base import (
     settings_of,
     stacked,
 )
+from tersor.forms.codebook import CodebookForm, CodebookSetting
 from tersor.forms.coded import CodedForm, CodedSetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
@@ -39,6 +40,7 @@ FORMS: dict[str, Form] = {
         IntForm(),
         CodedForm(),
         TrellisForm(),
+        CodebookForm(),
         LowRankForm(),
         SumForm(IntForm(), LowRankForm(), _corrections),
         PortableForm(),
@@ -59,6 +61,8 @@ __all__ = [
     "FORMS",
     "USUAL",
     "Candidate",
+    "CodebookForm",
+    "CodebookSetting",
     "CodedForm",
     "CodedSetting",
     "Cost",
