@@ -78,7 +78,7 @@ def test_refitted_entries_are_the_least_squares_solution(dims: int | None, make_
     codes = torch.randint(4, (12, 6, 1), generator=generator)
     projection = None if dims is None else torch.randn(dims, 4, generator=generator)
     book, offsets = Book(torch.randn(4, dims or 4, generator=generator), projection), torch.tensor([0, 4])
-    for _ in range(4):  # more steps than unknowns
+    for _ in range(8):  # more steps than unknowns
         book = refitted(scaled, codes, book, offsets)
     basis = torch.eye(book.entries.numel()).view(-1, *book.entries.shape)
     seen = [metric.whiten(scaled.values(codes, Book(b, projection).whole, offsets)).flatten() for b in basis]
@@ -86,7 +86,7 @@ def test_refitted_entries_are_the_least_squares_solution(dims: int | None, make_
     columns_seen = torch.stack(seen, 1)
     best = (columns_seen @ torch.linalg.lstsq(columns_seen, target).solution - target).square().sum()
     left = metric.whiten(weight - scaled.values(codes, book.whole, offsets)).square().sum()
-    assert float(left) == pytest.approx(float(best), rel=1e-5)
+    assert float(left) == pytest.approx(float(best), rel=1e-3)  # in 32 bits
 
 
 @pytest.mark.parametrize(
