@@ -48,7 +48,7 @@ def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
 
 def plain_integers(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     """Whole rows rounded to the nearest, with as many bits as the bytes of the fit allow; else nothing at all."""
-    form = form_named("coded" if hasattr(setting, "step") else "trellis")
+    form = next(f for f in FORMS.values() if isinstance(setting, type(settings_of(f)[0])))
     allowed = form.fit(weight, metric, setting).nbytes
     for bits in (8, 6, 5, 4, 3, 2):
         plain = IntForm().fit(weight, metric, IntSetting(bits, None, symmetric=True, rounding="nearest", search=False))
@@ -66,6 +66,7 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "int": plain_rounding,
     "coded": plain_integers,
     "trellis": plain_integers,
+    "codebook": plain_integers,
     "lowrank": plain_svd,
     "int+lowrank": first_term,
     "portable": plain_rounding,

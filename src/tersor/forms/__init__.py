@@ -19,6 +19,7 @@ from tersor.forms.base import (
     settings_of,
     stacked,
 )
+from tersor.forms.codebook import CodebookForm, CodebookSetting
 from tersor.forms.coded import CodedForm, CodedSetting
 from tersor.forms.floats import FloatForm, FloatSetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
@@ -40,6 +41,7 @@ FORMS: dict[str, Form] = {
         IntForm(),
         CodedForm(),
         TrellisForm(),
+        CodebookForm(),
         LowRankForm(),
         SumForm(IntForm(), LowRankForm(), _corrections, "resident, at two and three bits, on wide weights"),
         PortableForm(),
@@ -61,6 +63,8 @@ __all__ = [
     "FORMS",
     "USUAL",
     "Candidate",
+    "CodebookForm",
+    "CodebookSetting",
     "CodedForm",
     "CodedSetting",
     "Cost",

@@ -1,0 +1,267 @@
+"""Fitting codebooks: entries by k-means under the metric, codes with two-sided feedback, then each given the other.
+
+All of it works on a weight divided by its scales, in vectors of a few columns. With the unit lower factors of both
+moments the distance is a sum over vectors, each of which sees its own error through one small triangular matrix and the
+errors of the vectors after it as a shift of its target (P147, vector by vector).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tersor.forms import e8
+from tersor.metrics import Metric
+
+TILE = 96
+FREE_ROWS = 256  # rows of a tile where they do not feel one another
+SAMPLE, LLOYD = 1 << 15, 12  # vectors and rounds of k-means
+STEPS = 12  # of conjugate gradients
+# The best step of E8 for a unit Gaussian, by the bits of a stage, and what such a stage leaves (root mean square).
+UNIT_STEPS = {8: 1.65, 12: 1.35, 14: 1.2, 16: 1.0}
+LEAVES = {8: 0.564, 12: 0.435, 14: 0.374, 16: 0.303}
+STRETCH = (1.0, 1.12, 1.3)  # of steps that are tried: weights have longer tails than a Gaussian
+
+
+@dataclass(frozen=True)
+class Book:
+    """Entries (all, dims) of all stages with their `projection` (dims, length), or the `steps` of stages of E8."""
+
+    entries: Tensor
+    projection: Tensor | None = None
+    steps: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """Entries (all, length)."""
+        return self.entries if self.projection is None else self.entries @ self.projection
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A weight (rows, columns) filled up to whole vectors, its scales, and the factors of its metric."""
+
+    weight: Tensor
+    rows: Tensor
+    columns: Tensor
+    metric: Metric
+    lower_rows: Tensor | None
+    lower_columns: Tensor
+    row_pivots: Tensor
+    column_pivots: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, weight: Tensor, metric: Metric, rows: Tensor, columns: Tensor, length: int) -> Scaled:
+        (lower_rows, row_pivots), (lower_columns, column_pivots) = metric.rows.unit_lower, metric.columns.unit_lower
+        more = -weight.shape[1] % length
+        size = weight.shape[1] + more
+        lower = torch.eye(size)
+        if lower_columns is not None:
+            lower[: weight.shape[1], : weight.shape[1]] = lower_columns.float().cpu()
+        return cls(
+            functional.pad(weight, (0, more)),
+            rows,
+            functional.pad(columns, (0, more), value=float(columns.mean())),
+            metric,
+            None if lower_rows is None else lower_rows.float().cpu(),
+            lower,
+            (row_pivots / row_pivots.mean().clamp_min(1e-300)).float().cpu(),
+            functional.pad(
+                (column_pivots / column_pivots.mean().clamp_min(1e-300)).float().cpu(), (0, more), value=1e-12
+            ),
+            length,
+        )
+
+    @property
+    def vectors(self) -> int:
+        return self.weight.shape[1] // self.length
+
+    @cached_property
+    def seen_as(self) -> Tensor:
+        """(vectors, length, length): how the metric sees a vector of a row, in units of its scales."""
+        blocks = self.lower_columns.view(self.vectors, self.length, self.vectors, self.length)
+        inner = torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
+        roots = self.column_pivots.clamp_min(0).sqrt().view(self.vectors, 1, self.length)
+        return (self.columns.view(self.vectors, self.length, 1) * inner * roots).contiguous()
+
+    def values(self, codes: Tensor, whole: Tensor, offsets: Tensor) -> Tensor:
+        """The weight that `codes` (rows, vectors, stages) of `whole` (all, length) entries mean."""
+        found = sum(functional.embedding(codes[..., s] + offsets[s], whole) for s in range(codes.shape[-1]))
+        assert isinstance(found, Tensor)
+        return found.flatten(1) * self.columns * self.rows[:, None]
+
+    def felt(self, error: Tensor) -> Tensor:
+        """`R E C` for an error of the filled-up shape."""
+        real = error[:, : self.metric.columns.size]
+        felt = self.metric.rows.apply(self.metric.columns.felt(real))
+        return functional.pad(felt, (0, error.shape[1] - real.shape[1]))
+
+
+def learned_codes(
+    scaled: Scaled, bits: tuple[int, ...], dims: int | None, rounds: int
+) -> Iterator[tuple[Tensor, Book]]:
+    """Codes (rows, vectors, stages) with their entries, iterate after iterate, the better the later as a rule."""
+    book = _learn(scaled, bits, dims)
+    offsets = torch.tensor([0, *np.cumsum([2**b for b in bits])])
+    codes = choose(scaled, book, offsets)
+    yield codes, book
+    for _ in range(rounds):
+        book = refitted(scaled, codes, book, offsets)
+        yield codes, book
+        codes = choose(scaled, book, offsets)
+        yield codes, book
+
+
+def lattice_codes(scaled: Scaled, bits: tuple[int, ...]) -> Iterator[tuple[Tensor, Book]]:
+    """Codes (rows, vectors, stages) of points of E8, with one set of steps after the other."""
+    steps, left = [], 1.0
+    for b in bits:
+        steps.append(left * UNIT_STEPS[b])
+        left *= LEAVES[b]
+    near = torch.from_numpy(e8.roots())
+    radii = torch.tensor([e8.RADII[b] for b in bits])
+    for stretch in STRETCH:
+        book = Book(near, steps=stretch * torch.tensor(steps))
+        doubled = choose(scaled, book, radii).view(*scaled.rows.shape, scaled.vectors, len(bits), e8.DIMENSIONS)
+        numbers = []
+        for stage, b in enumerate(bits):
+            keys, order = e8.keys(b)
+            numbers.append(order[np.searchsorted(keys, e8.key_of(doubled[..., stage, :].numpy()))])
+        yield torch.from_numpy(np.stack(numbers, -1)), book
+
+
+def choose(scaled: Scaled, book: Book, offsets: Tensor) -> Tensor:
+    """Codes (rows, vectors, stages), or the doubled points themselves, chosen with feedback tile by tile."""
+    from tersor.forms.codebook_kernels import settle
+
+    m, weight, lower_o, lower_i = scaled.length, scaled.weight, scaled.lower_rows, scaled.lower_columns
+    is_lattice = book.steps is not None
+    entries = book.entries.to(torch.int64) if is_lattice else book.whole.float()
+    seen = (0.5 * entries.float() if is_lattice else entries) @ scaled.seen_as  # (vectors, all, m)
+    seen = seen.transpose(1, 2).contiguous()
+    stages = len(offsets) * m if is_lattice else len(offsets) - 1
+    codes = torch.zeros(len(weight), scaled.vectors, stages, dtype=torch.int64)
+    steps = book.steps.float() if book.steps is not None else torch.zeros(0)
+    roots, alone = scaled.column_pivots.clamp_min(0).sqrt(), torch.zeros(0, 0)
+    error, spread = torch.zeros_like(weight), torch.zeros_like(weight)
+    width = max(1, TILE // m) * m
+    for o in _spans(len(weight), FREE_ROWS if lower_o is None else TILE):
+        inner_o = alone if lower_o is None else lower_o[o, o].contiguous()
+        below = None if lower_o is None else lower_o[o.stop :, o].T @ spread[o.stop :]
+        for i in _spans(weight.shape[1], width):
+            inner_i, of = lower_i[i, i].contiguous(), slice(i.start // m, i.stop // m)
+            later = error[o, i.stop :] @ lower_i[i.stop :, i]
+            external = later if lower_o is None else inner_o.T @ later
+            if below is not None:
+                external = external + below[:, i]
+            parts = (external, weight[o, i], scaled.rows[o], scaled.columns[i], scaled.seen_as[of])
+            factors = (inner_o, inner_i, roots[i], entries, seen[of], offsets, steps)
+            made = codes[o, of].contiguous(), error[o, i].contiguous()
+            settle(*(t.contiguous().numpy() for t in (*parts, *factors, *made)))
+            codes[o, of], error[o, i] = made
+            if lower_o is not None:
+                spread[o, i] = later + error[o, i] @ inner_i
+    return codes
+
+
+def _spans(length: int, tile: int) -> list[slice]:
+    """Spans of at most `tile`, from the last to the first."""
+    return [slice(max(0, stop - tile), stop) for stop in range(length, 0, -tile)]
+
+
+def refitted(scaled: Scaled, codes: Tensor, book: Book, offsets: Tensor) -> Book:
+    """The entries that are best for these codes: least squares under the metric, by conjugate gradients."""
+
+    def expand(entries: Tensor) -> Tensor:
+        return scaled.values(codes, replace(book, entries=entries).whole, offsets)
+
+    def gather(felt: Tensor) -> Tensor:
+        """The transpose of `expand`."""
+        vectors = (felt * scaled.columns * scaled.rows[:, None]).view(-1, scaled.length)
+        if book.projection is not None:
+            vectors = vectors @ book.projection.T
+        found = torch.zeros_like(book.entries)
+        for stage in range(codes.shape[-1]):
+            found.index_add_(0, (codes[..., stage] + offsets[stage]).flatten(), vectors)
+        return found
+
+    entries = book.entries.clone()
+    left = gather(scaled.felt(scaled.weight - expand(entries)))
+    along, size = left, left.double().square().sum()
+    for _ in range(STEPS):
+        if size <= 0:
+            break
+        bent = gather(scaled.felt(expand(along)))
+        step = float(size / (along.double() * bent.double()).sum().clamp_min(1e-300))
+        entries = entries + step * along
+        left = left - step * bent
+        before, size = size, left.double().square().sum()
+        along = left + float(size / before) * along
+    return replace(book, entries=entries)
+
+
+def _learn(scaled: Scaled, bits: tuple[int, ...], dims: int | None) -> Book:
+    """Entries by weighted k-means, each stage on what those before leave, in the space of a projection if asked."""
+    vectors, importance = _sampled(scaled)
+    projection = None
+    if dims is not None:
+        projection = _principal(vectors, importance, dims)
+        vectors = vectors @ projection.T
+        importance = importance.mean(1, keepdim=True).expand(-1, dims)
+    found = []
+    for stage, b in enumerate(bits):
+        centres = _k_means(vectors, importance, 2**b, seed=stage)
+        found.append(centres)
+        vectors = vectors - centres[_nearest(vectors, importance, centres)]
+    return Book(torch.cat(found), projection)
+
+
+def _sampled(scaled: Scaled) -> tuple[Tensor, Tensor]:
+    """Some vectors (n, length) of the weight over its scales, and how much each of their entries matters."""
+    even = scaled.weight / scaled.columns / scaled.rows[:, None]
+    felt = torch.outer(scaled.row_pivots * scaled.rows.square(), scaled.column_pivots * scaled.columns.square())
+    vectors, importance = (t.view(-1, scaled.length) for t in (even, felt / felt.mean().clamp_min(1e-30)))
+    if len(vectors) > SAMPLE:
+        chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+        vectors, importance = vectors[chosen], importance[chosen]
+    return vectors, importance.clamp_min(1e-6)
+
+
+def _principal(vectors: Tensor, importance: Tensor, dims: int) -> Tensor:
+    """The first `dims` principal directions (dims, length) of weighted vectors."""
+    weights = importance.mean(1, keepdim=True).double()
+    moment = (vectors.double() * weights).T @ vectors.double()
+    found: Tensor = torch.linalg.eigh(moment).eigenvectors[:, -dims:].T.float()
+    return found
+
+
+def _k_means(vectors: Tensor, importance: Tensor, count: int, seed: int) -> Tensor:
+    """Centres (count, m) of least weighted squared distance, by Lloyd's iteration; empty ones move to far vectors."""
+    chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:count]
+    centres = functional.pad(vectors[chosen], (0, 0, 0, count - len(chosen)))
+    for _ in range(LLOYD):
+        nearest = _nearest(vectors, importance, centres)
+        mass = torch.zeros_like(centres).index_add_(0, nearest, importance)
+        total = torch.zeros_like(centres).index_add_(0, nearest, importance * vectors)
+        centres = torch.where(mass > 0, total / mass.clamp_min(1e-30), centres)
+        empty = (mass.sum(1) == 0).nonzero().flatten()
+        if len(empty):
+            far = (importance * (vectors - centres[nearest]).square()).sum(1).argsort(descending=True, stable=True)
+            empty = empty[: len(far)]
+            centres[empty] = vectors[far[: len(empty)]]
+    return centres
+
+
+def _nearest(vectors: Tensor, importance: Tensor, centres: Tensor) -> Tensor:
+    """The number (n,) of the centre nearest to every vector, its entries weighted."""
+    from tersor.forms.codebook_kernels import nearest
+
+    parts = (t.float().contiguous().numpy() for t in (vectors, importance, centres.T))
+    return torch.from_numpy(nearest(*parts))
