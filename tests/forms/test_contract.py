@@ -45,6 +45,11 @@ def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     return form_named("int").fit(weight, metric, setting.first)
 
 
+def plain_dictionary(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """The same dictionary fitted to the weight itself."""
+    return form_named("dictionary").fit(weight, metric.coarsened("identity"), setting)
+
+
 def plain_integers(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     """Whole rows rounded to the nearest, with as many bits as the bytes of the fit allow; else nothing at all."""
     form = form_named("coded" if hasattr(setting, "step") else "trellis")
@@ -63,6 +68,7 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "lowrank": plain_svd,
     "int+lowrank": first_term,
     "portable": plain_rounding,
+    "dictionary": plain_dictionary,
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
 each_setting = pytest.mark.parametrize(("form", "setting"), CASES)

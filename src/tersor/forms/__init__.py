@@ -20,6 +20,7 @@ from tersor.forms.base import (
     stacked,
 )
 from tersor.forms.coded import CodedForm, CodedSetting
+from tersor.forms.dictionary import DictionaryForm, DictionarySetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.sums import SumForm, SumSetting
@@ -42,6 +43,7 @@ FORMS: dict[str, Form] = {
         LowRankForm(),
         SumForm(IntForm(), LowRankForm(), _corrections),
         PortableForm(),
+        DictionaryForm(),
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
@@ -62,6 +64,8 @@ __all__ = [
     "CodedForm",
     "CodedSetting",
     "Cost",
+    "DictionaryForm",
+    "DictionarySetting",
     "Form",
     "IntForm",
     "IntSetting",
