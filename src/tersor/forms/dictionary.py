@@ -2,7 +2,7 @@
 
 `W_hat = S D` (atoms lie along the columns, every row takes a few) or `W_hat = D S` (the other way round), which is a
 union of many low-rank subspaces where `lowrank` has one (P460 CoSpaDi). The atoms' side of the metric is whitened
-away exactly; what the other side couples enters by feedback while supports are chosen, and in the least squares after.
+away exactly; the other enters by its diagonal while supports and atoms are found, and whole in the least squares after.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from tersor.metrics import Metric, Side
 
 Sample = tuple[Tensor | None, Tensor]  # rows that atoms are learned from, None for all, and for how many each stands
 ROUNDS = 40  # of K-SVD at most
-SETTLED = 0.01  # a round that wins less than this share of the error is the last
+SETTLED = 0.03  # a round that wins less than this share of the error is the last
 TWIN = 0.99  # atoms with a larger product are one
-REFITS = 2  # of atoms and values under the whole metric
-STEPS = 12  # of conjugate gradients
-TILE = 64  # signals whose errors reach the others as one matrix product
+MANY, DENSE = 512, 48  # atoms, and atoms in a signal, at most where nobody names a setting
+STEPS = 6  # of conjugate gradients
 CHUNK = 4096  # signals pursued at a time
 
 
@@ -177,13 +176,13 @@ class DictionaryForm:
     name = "dictionary"
 
     def settings(self, shape: Shape) -> Iterable[DictionarySetting]:
-        """Half as many atoms as they are long, as many, and twice as many, at a few densities."""
+        """A quarter, half and as many atoms as they are long, in few bits, at a few densities."""
         side = "columns" if shape[1] <= shape[0] else "rows"
-        for share in (0.25, 0.5, 1.0):
-            for density in (1 / 16, 1 / 8, 1 / 4):
-                setting = DictionarySetting(max(4, int(share * min(shape))), density, side, 4, 4)
-                if cost_of(self, shape, setting).stored < 4 * shape[0] * shape[1]:
-                    yield setting
+        for share, density in ((0.25, 0.125), (0.25, 0.25), (0.5, 0.125), (0.5, 0.25), (1.0, 0.125)):
+            atoms = max(4, min(MANY, int(share * min(shape))))
+            setting = DictionarySetting(atoms, min(density, DENSE / atoms), side, 3, 4)
+            if cost_of(self, shape, setting).stored < 4 * shape[0] * shape[1]:
+                yield setting
 
     def setting(self, values: Mapping[str, Any]) -> DictionarySetting:
         return DictionarySetting(**values)
@@ -220,7 +219,8 @@ class DictionaryForm:
         values = weight.detach().float().cpu()
         if setting.side == "rows":
             sample = None
-        fits = [_fit(values, m, setting, sample) for m in (metric, metric.coarsened("identity"))]
+        metrics = (metric,) if metric.kind == "identity" else (metric, metric.coarsened("identity"))
+        fits = [_fit(values, m, setting, sample) for m in metrics]
         return min(fits, key=lambda operator: metric.distance(values - operator.dense())).to(weight.device)
 
 
@@ -230,29 +230,25 @@ def _product(atoms: Operator, sparse: Operator, setting: DictionarySetting) -> P
 
 
 def _fit(weight: Tensor, metric: Metric, setting: DictionarySetting, sample: Sample | None) -> ProductOperator:
-    """Whiten the atoms' side, learn atoms with the pivots of the other as weights, pursue, refit, store."""
+    """Whiten the atoms' side, learn atoms with the diagonal of the other as weights, pursue, refit, store."""
     by_columns = setting.side == "columns"
     signals, along, across = (
         (weight, metric.columns, metric.rows) if by_columns else (weight.T, metric.rows, metric.columns)
     )
     whitened = along.whiten(signals.T).T
     unit = float(whitened.square().mean().sqrt()) or 1.0
-    problem = Problem((whitened / unit).float().contiguous(), Side(across.moment.double() / across.diagonal.mean()))
-    lower, pivots = problem.coupling.unit_lower
+    problem = Problem((whitened / unit).float().contiguous(), Side((across.moment / across.diagonal.mean()).float()))
+    weights = problem.coupling.diagonal
     if sample is None:
-        atoms = learn(problem.signals, pivots, setting)
+        atoms = learn(problem.signals, weights, setting)
     else:
         index, counts = sample
         some = slice(None) if index is None else index
-        atoms = learn(problem.signals[some].contiguous(), pivots[some] * counts, setting)
-    if setting.orthogonal:
-        code = thresholded(problem.signals, atoms, setting.entries)
-    else:
-        code = pursued(problem.signals, atoms, setting.entries, lower)
-    if lower is not None:
-        for _ in range(REFITS):
-            atoms = refitted_atoms(problem, atoms, code)
-            code = refitted_values(problem, atoms, code)
+        atoms = learn(problem.signals[some].contiguous(), weights[some] * counts, setting)
+    code = (thresholded if setting.orthogonal else pursued)(problem.signals, atoms, setting.entries)
+    if not problem.coupling.is_diagonal:
+        atoms = refitted_atoms(problem, atoms, code)
+        code = refitted_values(problem, atoms, code)
     return _stored(problem, atoms, code, along, unit, setting)
 
 
@@ -307,19 +303,23 @@ def _rounds(
     signals: Tensor, weights: Tensor, atoms: Tensor, setting: DictionarySetting, most: int
 ) -> tuple[float, Tensor]:
     """Alternate codes and atoms until a round wins little; the error that the last one began with, and the atoms."""
-    before, improve = float("inf"), _procrustes if setting.orthogonal else _ksvd
-    atoms = atoms if setting.orthogonal else torch.nn.functional.normalize(atoms)
+    before, atoms = float("inf"), atoms if setting.orthogonal else torch.nn.functional.normalize(atoms)
     for _ in range(most):
         code = (thresholded if setting.orthogonal else pursued)(signals, atoms, setting.entries)
         error = signals - code.dense(len(atoms)) @ atoms
         left = float(weights.double() @ error.square().sum(1, dtype=torch.float64))
         if left >= (1 - SETTLED) * before:
             break
-        before, atoms = left, improve(signals, weights, atoms, code, error)
+        before = left
+        atoms = (
+            _procrustes(signals, weights, atoms, code)
+            if setting.orthogonal
+            else _ksvd(signals, weights, atoms, code, error)
+        )
     return before, atoms
 
 
-def _procrustes(signals: Tensor, weights: Tensor, atoms: Tensor, code: Code, error: Tensor) -> Tensor:
+def _procrustes(signals: Tensor, weights: Tensor, atoms: Tensor, code: Code) -> Tensor:
     """The orthogonal atoms nearest to the signals: the polar factor of `S^T diag(w) Y`; unused ones stay zero."""
     used = atoms.square().sum(1) > 0
     left, _, right = torch.linalg.svd(
@@ -332,12 +332,12 @@ def _ksvd(signals: Tensor, weights: Tensor, atoms: Tensor, code: Code, error: Te
     """One sweep; then atoms that nobody uses, or that are as another, become the signals that are served worst."""
     from tersor.forms import dictionary_kernels as kernels
 
-    atoms, flat = atoms.clone(), code.index.flatten()
-    order, used = flat.argsort(stable=True), torch.bincount(flat[code.values.flatten() != 0], minlength=len(atoms))
+    atoms, flat, values = atoms.clone(), code.index.flatten(), code.values
     starts = torch.nn.functional.pad(torch.bincount(flat, minlength=len(atoms)).cumsum(0), (1, 0))
-    kernels.sweep(*(t.numpy() for t in (error, atoms, code.values, weights, order, starts)))
+    kernels.sweep(*(t.numpy() for t in (error, atoms, values, weights, flat.argsort(stable=True), starts)))
+    energy = torch.bincount(flat, values.square().flatten(), len(atoms))
     twins = (atoms @ atoms.T).abs().triu(1).amax(0) > TWIN
-    useless = ((used == 0) | twins).nonzero().flatten()[: len(signals)]
+    useless = ((energy == 0) | twins).nonzero().flatten()[: len(signals)]
     if len(useless):
         worst = (weights * error.square().sum(1)).argsort(descending=True, stable=True)[: len(useless)]
         atoms[useless] = torch.nn.functional.normalize(signals[worst])
@@ -351,30 +351,20 @@ def thresholded(signals: Tensor, atoms: Tensor, entries: int) -> Code:
     return Code(index, products.gather(1, index))
 
 
-def pursued(signals: Tensor, atoms: Tensor, entries: int, lower: Tensor | None = None) -> Code:
-    """Codes by orthogonal matching pursuit; with `lower`, one signal after the other, from the last to the first.
-
-    `lower` (signals, signals) is the unit lower factor `L` of what couples the errors `e` of signals, and the target of
-    a signal is moved by `sum_(i > j) L_ij e_i`, as in `rounding.py`.
-    """
+def pursued(signals: Tensor, atoms: Tensor, entries: int) -> Code:
+    """Codes by orthogonal matching pursuit, which takes the atom that lessens the error most with all before it."""
     from tersor.forms import dictionary_kernels as kernels
 
-    gram, count = (atoms @ atoms.T).numpy(), len(signals)
-    index, values = torch.empty(count, entries, dtype=torch.int64), torch.empty(count, entries)
-    if lower is None:
-        for part in torch.arange(count).split(CHUNK):
-            at = slice(int(part[0]), int(part[-1]) + 1)
-            kernels.pursue((signals[at] @ atoms.T).numpy(), gram, index[at].numpy(), values[at].numpy())
-        return Code(index, values)
-    lower, error = lower.float(), torch.zeros_like(signals)
-    for stop in range(count, 0, -TILE):
-        start = max(0, stop - TILE)
-        targets = signals[start:stop] + lower[stop:, start:stop].T @ error[stop:]
-        for j in range(stop - 1, start - 1, -1):
-            target = targets[j - start] + lower[j + 1 : stop, j] @ error[j + 1 : stop]
-            kernels.pursue((atoms @ target)[None].numpy(), gram, index[j : j + 1].numpy(), values[j : j + 1].numpy())
-            error[j] = signals[j] - values[j] @ atoms[index[j]]
+    index, values = torch.empty(len(signals), entries, dtype=torch.int64), torch.empty(len(signals), entries)
+    _by_parts(kernels.pursue, signals, atoms, index, values)
     return Code(index, values)
+
+
+def _by_parts(kernel: Any, signals: Tensor, atoms: Tensor, index: Tensor, values: Tensor) -> None:
+    """Call a kernel with the products of some signals at a time and all atoms."""
+    gram = (atoms @ atoms.T).numpy()
+    for some, places, entries in zip(signals.split(CHUNK), index.split(CHUNK), values.split(CHUNK), strict=True):
+        kernel((some @ atoms.T).numpy(), gram, places.numpy(), entries.numpy())
 
 
 def refitted_atoms(problem: Problem, atoms: Tensor, code: Code) -> Tensor:
@@ -392,10 +382,7 @@ def refitted_values(problem: Problem, atoms: Tensor, code: Code) -> Code:
 
     gram, values = atoms @ atoms.T, code.values.clone()
     if problem.coupling.is_diagonal:
-        for part in torch.arange(len(values)).split(CHUNK):
-            at = slice(int(part[0]), int(part[-1]) + 1)
-            correlations = (problem.signals[at] @ atoms.T).numpy()
-            kernels.least_squares(correlations, gram.numpy(), code.index[at].numpy(), values[at].numpy())
+        _by_parts(kernels.least_squares, problem.signals, atoms, code.index, values)
         return Code(code.index, values)
 
     def felt(error: Tensor) -> Tensor:
@@ -403,7 +390,9 @@ def refitted_values(problem: Problem, atoms: Tensor, code: Code) -> Code:
         return problem.coupling.apply(error).gather(1, code.index)
 
     error = problem.signals - code.dense(len(atoms)) @ atoms
-    precision = 1 / torch.outer(problem.coupling.diagonal.float(), gram.diagonal()).gather(1, code.index).clamp_min(1e-20)
+    precision = 1 / torch.outer(problem.coupling.diagonal.float(), gram.diagonal()).gather(1, code.index).clamp_min(
+        1e-20
+    )
     residual = felt(error @ atoms.T)
     direction = precision * residual
     size = float((residual * direction).sum())
