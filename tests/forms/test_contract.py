@@ -50,6 +50,11 @@ def plain_dictionary(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     return form_named("dictionary").fit(weight, metric.coarsened("identity"), setting)
 
 
+def plain_means(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """The means of tied entries, whatever they do."""
+    return form_named("shared").fit(weight, metric.coarsened("identity"), setting)
+
+
 def plain_integers(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     """Whole rows rounded to the nearest, with as many bits as the bytes of the fit allow; else nothing at all."""
     form = form_named("coded" if hasattr(setting, "step") else "trellis")
@@ -69,6 +74,7 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "int+lowrank": first_term,
     "portable": plain_rounding,
     "dictionary": plain_dictionary,
+    "shared": plain_means,
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
 each_setting = pytest.mark.parametrize(("form", "setting"), CASES)

@@ -23,6 +23,7 @@ from tersor.forms.coded import CodedForm, CodedSetting
 from tersor.forms.dictionary import DictionaryForm, DictionarySetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
+from tersor.forms.shared import SharedForm, SharedSetting
 from tersor.forms.sums import SumForm, SumSetting
 from tersor.forms.trellis import TrellisForm, TrellisSetting
 
@@ -44,6 +45,7 @@ FORMS: dict[str, Form] = {
         SumForm(IntForm(), LowRankForm(), _corrections),
         PortableForm(),
         DictionaryForm(),
+        SharedForm(),
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
@@ -75,6 +77,8 @@ __all__ = [
     "PortableForm",
     "Setting",
     "Shape",
+    "SharedForm",
+    "SharedSetting",
     "SumForm",
     "SumSetting",
     "TrellisForm",

@@ -373,7 +373,8 @@ def refitted_atoms(problem: Problem, atoms: Tensor, code: Code) -> Tensor:
     felt = problem.coupling.apply(sparse)
     gram = Side(sparse.T @ felt).damped(1e-9).moment
     error = problem.signals.double() - sparse @ atoms.double()
-    return (atoms + torch.linalg.solve(gram, felt.T @ error)).float()
+    change: Tensor = torch.linalg.solve(gram, felt.T @ error)
+    return (atoms + change).float()
 
 
 def refitted_values(problem: Problem, atoms: Tensor, code: Code) -> Code:
