@@ -31,10 +31,7 @@ if __name__ == "__main__":
         method = trial(subject, "stable-rps", rps)
         pairs.append(Pair(f"share {share}", null, method, shown=share < 1))
         if share < 1:
-            bits = f"{method.bits}bits"
-            for label, other, budget in (
-                ("svd", "svd", bits),
-                ("nearest", changed("rtn", bits=6, group_size=64), "100%"),
-            ):
-                pairs.append(Pair(f"share {share}", trial(subject, label, other, budget), method, shown=True))
+            svd = trial(subject, "svd", "svd", f"{method.bits}bits")
+            nearest = trial(subject, "nearest, 6 bits", changed("rtn", bits=6, group_size=64))
+            pairs += [Pair(f"share {share}", beside, method, shown=True) for beside in (svd, nearest)]
     sys.exit(verdict("An array as large as the weights loses nothing.", subject, pairs))
