@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms import FORMS, Form, IntForm, IntSetting, LowRankForm, Operator, as_values, cost_of, form_named
+from tersor.forms import FORMS, Form, IntForm, IntSetting, Operator, as_values, cost_of, form_named
 from tersor.metrics import Metric, Side
 from tersor.metrics import metric as metric_module
 
@@ -37,8 +37,9 @@ def plain_rounding(weight: Tensor, metric: Metric, setting: IntSetting) -> Opera
     return IntForm().fit(weight, metric, IntSetting(**values))
 
 
-def plain_svd(weight: Tensor, metric: Metric, setting: Any) -> Operator:
-    return LowRankForm().fit(weight, metric.coarsened("identity"), setting)
+def blind(form: str) -> Callable[[Tensor, Metric, Any], Operator]:
+    """The same setting fitted to the weight itself, whatever the weight does."""
+    return lambda weight, metric, setting: form_named(form).fit(weight, metric.coarsened("identity"), setting)
 
 
 def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
@@ -67,10 +68,12 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "coded": plain_integers,
     "trellis": plain_integers,
     "codebook": plain_integers,
-    "lowrank": plain_svd,
+    "lowrank": blind("lowrank"),
     "int+lowrank": first_term,
     "portable": plain_rounding,
     "float": plain_floats,
+    "dictionary": blind("dictionary"),
+    "shared": blind("shared"),
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
 each_setting = pytest.mark.parametrize(("form", "setting"), CASES)

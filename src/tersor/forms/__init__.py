@@ -21,9 +21,11 @@ from tersor.forms.base import (
 )
 from tersor.forms.codebook import CodebookForm, CodebookSetting
 from tersor.forms.coded import CodedForm, CodedSetting
+from tersor.forms.dictionary import DictionaryForm, DictionarySetting
 from tersor.forms.floats import FloatForm, FloatSetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
+from tersor.forms.shared import SharedForm, SharedSetting
 from tersor.forms.sums import SumForm, SumSetting
 from tersor.forms.trellis import TrellisForm, TrellisSetting
 
@@ -46,6 +48,8 @@ FORMS: dict[str, Form] = {
         SumForm(IntForm(), LowRankForm(), _corrections, "resident, at two and three bits, on wide weights"),
         PortableForm(),
         FloatForm(),
+        DictionaryForm(),
+        SharedForm(),
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
@@ -68,6 +72,8 @@ __all__ = [
     "CodedForm",
     "CodedSetting",
     "Cost",
+    "DictionaryForm",
+    "DictionarySetting",
     "FloatForm",
     "FloatSetting",
     "Form",
@@ -79,6 +85,8 @@ __all__ = [
     "PortableForm",
     "Setting",
     "Shape",
+    "SharedForm",
+    "SharedSetting",
     "SumForm",
     "SumSetting",
     "TrellisForm",

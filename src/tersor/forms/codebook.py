@@ -170,6 +170,8 @@ class CodebookForm:
     """Vector quantisation, learned or by a lattice."""
 
     name = "codebook"
+    stores = "numbers of vectors in small tables, or of points of E8"
+    wins = "resident, below three bits; decoded by a look-up"
 
     def settings(self, shape: Shape) -> Iterable[CodebookSetting]:
         """The lattice from 1.5 bits, and learned codes where their entries are few beside the weights."""

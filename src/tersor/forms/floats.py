@@ -271,6 +271,8 @@ class FloatForm:
     """Small floating-point codes in groups."""
 
     name = "float"
+    stores = "packed codes of a fixed table of values, a scale a group or block"
+    wins = "resident, at four bits (nf4); where hardware reads the format"
 
     def settings(self, shape: Shape) -> Iterable[FloatSetting]:
         """The ladder: four bits in several group sizes and block formats, five and six, and eight."""
