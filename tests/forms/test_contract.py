@@ -40,6 +40,13 @@ def plain_svd(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     return LowRankForm().fit(weight, metric.coarsened("identity"), setting)
 
 
+def plain_factors(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """The decomposition that is best, or good, where errors are plain squares."""
+    (form,) = (form for form in FORMS.values() if type(setting) in {type(s) for s in form.settings((36, 36))})
+    complete = form.fit(weight, metric, setting).setting  # the same shape of a core, and so the same bytes
+    return form.fit(weight, metric.coarsened("identity"), complete)
+
+
 def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     """What the sum is worth without its correction (in fewer bytes)."""
     return form_named("int").fit(weight, metric, setting.first)
@@ -62,6 +69,7 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "trellis": plain_integers,
     "lowrank": plain_svd,
     "int+lowrank": first_term,
+    **dict.fromkeys(("kronecker", "tt", "tucker", "cp"), plain_factors),
     "portable": plain_rounding,
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]

@@ -20,10 +20,14 @@ from tersor.forms.base import (
     stacked,
 )
 from tersor.forms.coded import CodedForm, CodedSetting
+from tersor.forms.cp import CPForm, CPSetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
+from tersor.forms.kronecker import KroneckerForm, KroneckerSetting
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.sums import SumForm, SumSetting
+from tersor.forms.tensor_train import TensorTrainForm, TensorTrainSetting
 from tersor.forms.trellis import TrellisForm, TrellisSetting
+from tersor.forms.tucker import TuckerForm, TuckerSetting
 
 
 def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
@@ -40,6 +44,10 @@ FORMS: dict[str, Form] = {
         CodedForm(),
         TrellisForm(),
         LowRankForm(),
+        KroneckerForm(),
+        TensorTrainForm(),
+        TuckerForm(),
+        CPForm(),
         SumForm(IntForm(), LowRankForm(), _corrections),
         PortableForm(),
     )
@@ -58,6 +66,8 @@ def form_named(name: str) -> Form:
 __all__ = [
     "FORMS",
     "USUAL",
+    "CPForm",
+    "CPSetting",
     "Candidate",
     "CodedForm",
     "CodedSetting",
@@ -65,6 +75,8 @@ __all__ = [
     "Form",
     "IntForm",
     "IntSetting",
+    "KroneckerForm",
+    "KroneckerSetting",
     "LowRankForm",
     "LowRankSetting",
     "Operator",
@@ -73,8 +85,12 @@ __all__ = [
     "Shape",
     "SumForm",
     "SumSetting",
+    "TensorTrainForm",
+    "TensorTrainSetting",
     "TrellisForm",
     "TrellisSetting",
+    "TuckerForm",
+    "TuckerSetting",
     "as_values",
     "cost_of",
     "form_named",
