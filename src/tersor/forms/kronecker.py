@@ -55,15 +55,12 @@ class KroneckerForm(MultilinearForm):
         for n in (2, 4):
             if shape[0] % n == shape[1] % n == 0 and min(shape) > n:
                 yield KroneckerSetting(n, n, n)
-        for bits, most in ((None, 0.9), (4, 3.0)):
+        for bits, shares in ((None, (0.1, 0.2, 0.4)), (4, (0.25, 0.5, 1.0))):
             for rows, columns in shapes_of(shape):
                 inner, entries = rows * columns, shape[0] * shape[1]
-                share = 0.06 if bits is None else 0.25
-                terms = [max(1, int(s * share * entries / (inner + entries / inner))) for s in (1, 2, 4, 8)]
-                for count in sorted(set(terms)):
-                    cheap = count * (inner + entries / inner) <= most * entries
-                    if cheap and count <= min(inner, entries // inner):
-                        yield KroneckerSetting(rows, columns, count, bits)
+                counts = {int(share * entries / (inner + entries / inner)) for share in shares}
+                for count in sorted(counts - {0}):
+                    yield KroneckerSetting(rows, columns, min(count, inner, entries // inner), bits)
 
     def setting(self, values: Mapping[str, Any]) -> KroneckerSetting:
         return KroneckerSetting(**values)

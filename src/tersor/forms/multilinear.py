@@ -112,12 +112,12 @@ def solve(
 
     gradient = network.adjoint(network.tensor(residual), factors, i)
     direction = steepest = preconditioned(gradient)
-    slope = float((gradient * steepest).sum())
+    first = slope = float((gradient * steepest).sum())
     for _ in range(steps):
         change = network.matrix([*factors[:i], direction, *factors[i + 1 :]])
         felt = metric.columns.felt(metric.rows.apply(change))
         curvature = float((change * felt).sum())
-        if not (slope > 1e-30 and curvature > 0):
+        if not (slope > max(1e-18 * first, 1e-30) and curvature > 0):
             break
         factors[i] = factors[i] + slope / curvature * direction
         residual = residual - slope / curvature * felt
@@ -280,4 +280,5 @@ def _inverse(gram: Tensor) -> Tensor:
     """The inverse of a Gram matrix, damped where it is singular, in its own precision."""
     gram = gram.double()
     eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    return torch.linalg.inv(gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * eye)
+    inverse: Tensor = torch.linalg.inv(gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * eye)
+    return inverse

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import permutations
+from functools import cached_property, lru_cache
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Network:
 
     def contract(self, factors: Sequence[Tensor]) -> Tensor:
         """The tensor of the modes."""
-        return torch.einsum(f"{','.join(self.operands)}->{self.modes}", *factors)
+        return contract(self.operands, factors, self.modes)
 
     def matrix(self, factors: Sequence[Tensor]) -> Tensor:
         """The matrix (rows, columns)."""
@@ -65,8 +65,8 @@ class Network:
     def adjoint(self, tensor: Tensor, factors: Sequence[Tensor], i: int) -> Tensor:
         """The derivative of the scalar product of `tensor` and the contraction, by factor `i`."""
         others = [j for j in range(len(factors)) if j != i]
-        inputs = ",".join([self.modes, *(self.operands[j] for j in others)])
-        return torch.einsum(f"{inputs}->{self.operands[i]}", tensor, *(factors[j] for j in others))
+        letters = [self.modes, *(self.operands[j] for j in others)]
+        return contract(letters, [tensor, *(factors[j] for j in others)], self.operands[i])
 
     def grams(self, factors: Sequence[Tensor], i: int) -> dict[str, Tensor]:
         """For every bond of factor `i` the scalar products of what hangs there, (size, size)."""
@@ -78,9 +78,9 @@ class Network:
         for _ in factors:  # as many rounds as the longest way
             part = [j for j, letters in enumerate(self.operands) if j != i and reached & set(letters)]
             reached |= {c for j in part for c in self.operands[j] if c not in self.modes and c not in self.operands[i]}
-        inner = [("".join(c.upper() if c not in self.modes else c for c in self.operands[j])) for j in part]
-        inputs = ",".join(f"{self.operands[j]},{second}" for j, second in zip(part, inner, strict=True))
-        return torch.einsum(f"{inputs}->{bond}{bond.upper()}", *(factors[j] for j in part for _ in range(2)))
+        second = ["".join(c if c in self.modes else c.upper() for c in self.operands[j]) for j in part]
+        letters, parts = [self.operands[j] for j in part] + second, [factors[j] for j in part] * 2
+        return contract(letters, parts, bond + bond.upper())
 
     @cached_property
     def path(self) -> tuple[tuple[int, ...], int]:
@@ -92,10 +92,10 @@ class Network:
         held, flops = set(self.columns), 0
         for number, i in enumerate(order):
             flops += 2 * math.prod(self.sizes[c] for c in held | set(self.operands[i]))
-            held = self._kept(held | set(self.operands[i]), order[number + 1 :])
+            held = self._later(held | set(self.operands[i]), order[number + 1 :])
         return flops
 
-    def _kept(self, held: set[str], later: Sequence[int]) -> set[str]:
+    def _later(self, held: set[str], later: Sequence[int]) -> set[str]:
         return {c for c in held if c in self.rows or any(c in self.operands[j] for j in later)}
 
     def apply(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -103,7 +103,7 @@ class Network:
         order, held = self.path[0], self.columns
         y = x.reshape(*x.shape[:-1], *(self.sizes[c] for c in held))
         for number, i in enumerate(order):
-            left = self._kept(set(held) | set(self.operands[i]), order[number + 1 :])
+            left = self._later(set(held) | set(self.operands[i]), order[number + 1 :])
             letters = "".join(sorted(left)) if number + 1 < len(order) else self.rows
             y = torch.einsum(f"...{held},{self.operands[i]}->...{letters}", y, factors[i])
             held = letters
@@ -118,7 +118,40 @@ class Network:
                 if c in places:
                     taken[i] = taken[i].index_select(axis, places[c])
                     letters[i] = letters[i].replace(c, "Z")
-        return torch.einsum(f"{','.join(letters)}->Z{self.columns}", *taken).reshape(len(index), -1)
+        return contract(letters, taken, "Z" + self.columns).reshape(len(index), -1)
+
+
+def contract(operands: Sequence[str], tensors: Sequence[Tensor], output: str) -> Tensor:
+    """The contraction of a few tensors by their letters, two at a time, in the order of the fewest FLOPs."""
+    sizes = {c: n for letters, t in zip(operands, tensors, strict=True) for c, n in zip(letters, t.shape, strict=True)}
+    letters, held = list(operands), list(tensors)
+    for i, j in _pairs(tuple(operands), output, tuple(sorted(sizes.items())))[1]:
+        kept = _kept(letters, i, j, output)
+        pair = torch.einsum(f"{letters[i]},{letters[j]}->{kept}", held[i], held[j])
+        letters = [x for k, x in enumerate(letters) if k not in (i, j)] + [kept]
+        held = [x for k, x in enumerate(held) if k not in (i, j)] + [pair]
+    return torch.einsum(f"{letters[0]}->{output}", held[0])
+
+
+@lru_cache(1 << 14)
+def _pairs(
+    operands: tuple[str, ...], output: str, sizes: tuple[tuple[str, int], ...]
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """The fewest FLOPs of a contraction and the pairs that take them; a result stands behind what is left."""
+    known, best = dict(sizes), None
+    for i, j in combinations(range(len(operands)), 2):
+        left = (*(x for k, x in enumerate(operands) if k not in (i, j)), _kept(operands, i, j, output))
+        flops, later = _pairs(left, output, sizes)
+        flops += 2 * math.prod(known[c] for c in set(operands[i] + operands[j]))
+        if best is None or flops < best[0]:
+            best = flops, ((i, j), *later)
+    return best or (0, ())
+
+
+def _kept(operands: Sequence[str], i: int, j: int, output: str) -> str:
+    """The letters of two tensors that are still wanted once these are contracted."""
+    wanted = output + "".join(x for k, x in enumerate(operands) if k not in (i, j))
+    return "".join(c for c in dict.fromkeys(operands[i] + operands[j]) if c in wanted)
 
 
 class FactoredOperator(Operator):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tersor.errors import TersorError
 from tersor.forms.base import Convolution, Shape
@@ -161,14 +162,14 @@ class TuckerForm(MultilinearForm):
     def decompose(self, prepared: Unfoldings, network: Network) -> list[Tensor]:
         """The higher-order singular vectors, each basis then found anew given the others (HOOI), and the core."""
         core = tuple(network.sizes[c] for c in "rst")
-        bases = [f.left[:, :r] for f, r in zip(prepared.found, core, strict=True)]
+        bases = [_leading(f, r) for f, r in zip(prepared.found, core, strict=True)]
         cut = [mode for mode in range(3) if core[mode] < prepared.tensor.shape[mode]]
         for _ in range(ROUNDS if len(cut) > 1 else 0):
             for mode in cut:
                 projected = _project(
                     prepared.tensor, [None if m == mode or m not in cut else bases[m] for m in range(3)]
                 )
-                bases[mode] = factorise(_unfold(projected, mode)).left[:, : core[mode]]
+                bases[mode] = _leading(factorise(_unfold(projected, mode)), core[mode])
         kept = [bases[mode] if mode in cut else None for mode in range(3)]
         return [_project(prepared.tensor, kept), *(bases[mode] for mode in cut)]
 
@@ -220,6 +221,11 @@ def best_core(tails: Sequence[Tensor], most: float) -> tuple[int, int, int]:
         return 1, 1, 1
     ranks = {first: r, second: s, last: third}
     return tuple(int(ranks[mode].flatten()[place]) for mode in range(3))  # type: ignore[return-value]
+
+
+def _leading(found: Factorisation, rank: int) -> Tensor:
+    """The first left singular vectors (n, rank), zeros where there are fewer."""
+    return pad(found.left[:, :rank], (0, max(0, rank - found.left.shape[1])))
 
 
 def _unfold(tensor: Tensor, mode: int) -> Tensor:
