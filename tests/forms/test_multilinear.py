@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from tersor.forms.multilinear import Frame, improve, marginals, solve
-from tersor.forms.network import Network, contract
+from tersor.forms.network import Network, _pairs, contract
 from tersor.forms.tensor_train import chain
 from tersor.metrics import Metric, Side
 
@@ -48,8 +49,6 @@ def test_contractions_two_at_a_time_are_those_of_einsum(network: Network) -> Non
 def test_a_contraction_takes_the_cheap_way() -> None:
     """Left to right this is a product of 2000 x 2000 x 2000; the cheap way goes through vectors."""
     thin, wide = torch.randn(2000, 1), torch.randn(1, 2000)
-    from tersor.forms.network import _pairs
-
     sizes = (("a", 2000), ("b", 1), ("c", 2000), ("d", 1))
     assert _pairs(("ab", "bc", "cd"), "ad", sizes)[0] == 2 * 2000 + 2 * 2000
     assert torch.allclose(contract(["ab", "bc", "cd"], [thin, wide, thin], "ad"), thin * (wide @ thin), rtol=1e-3)
@@ -84,10 +83,8 @@ def test_the_marginals_of_a_product_are_its_factors(
 
 @each_network
 def test_a_frame_whitens_product_moments_wholly(network: Network, make_moment: Callable[..., Tensor]) -> None:
-    rows, columns = (
-        products(tuple(network.sizes[c] for c in letters), make_moment)[0]
-        for letters in (network.rows, network.columns)
-    )
+    dims = (tuple(network.sizes[c] for c in letters) for letters in (network.rows, network.columns))
+    rows, columns = (products(of_side, make_moment)[0] for of_side in dims)
     metric, factors = Metric("kronecker", Side(rows), Side(columns), 0.5), factors_of(network)
     frame, error = Frame.of(network, metric), network.matrix(factors)
     white = frame.whiten(network.tensor(error), network.modes)
@@ -104,9 +101,7 @@ def test_a_frame_whitens_product_moments_wholly(network: Network, make_moment: C
 
 @each_network
 @pytest.mark.parametrize("kind", ["diagonal", "kronecker"])
-def test_what_a_frame_leaves_of_a_metric_is_what_errors_see_in_it(
-    network: Network, kind: str, make_metric: Maker
-) -> None:
+def test_a_frame_leaves_of_a_metric_what_errors_see_in_it(network: Network, kind: str, make_metric: Maker) -> None:
     metric, error = make_metric(12, 10, kind), network.matrix(factors_of(network))
     frame = Frame.of(network, metric)
     white = frame.whiten(network.tensor(error), network.modes).reshape(12, 10)
@@ -152,4 +147,4 @@ def test_alternation_never_raises_the_error(network: Network, make_metric: Maker
         for _ in range(4):
             errors.append(frame.metric.distance(white - network.matrix(factors)))
             factors = improve(frame, white, factors)
-        assert errors[0] > errors[-1] and all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:], strict=False))
+        assert errors[0] > errors[-1] and all(b <= a * (1 + 1e-5) for a, b in pairwise(errors))

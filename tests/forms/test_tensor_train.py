@@ -15,7 +15,7 @@ from tersor.forms.lowrank import factorise
 from tersor.forms.multilinear import Frame, improve
 from tersor.forms.network import Network
 from tersor.forms.tensor_train import chain, split
-from tersor.metrics import Metric
+from tersor.metrics import Metric, Side
 
 Maker = Callable[..., Metric]
 FORM = TensorTrainForm()
@@ -64,8 +64,6 @@ def test_more_bond_never_does_worse() -> None:
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "input", "kronecker"])
 def test_all_rows_beside_all_columns_is_a_low_rank(kind: str, make_moment: Callable[..., Tensor]) -> None:
     """Exactly: each side is one mode, so that whitening the modes is whitening the matrix."""
-    from tersor.metrics import Side
-
     sides = Side(make_moment(20, spread=0.5)), Side(make_moment(30, seed=1, spread=0.5))
     metric, weight = Metric("kronecker", *sides).coarsened(kind), torch.randn(20, 30, dtype=torch.float64)
     network = chain((20, 1), (1, 30), 6)

@@ -27,7 +27,7 @@ SWEEPS, WORK = 100, 4e9  # of alternating least squares; FLOPs of them, of which
 
 @dataclass(frozen=True)
 class CPSetting:
-    """Columns are inputs times `kernel` positions; `bits` None keeps the factors in 16-bit floats."""
+    """Columns are inputs times `kernel` positions, or what they have in common with it; `bits` None keeps the factors in 16-bit floats."""
 
     kernel: int
     rank: int
@@ -53,7 +53,7 @@ class CPForm(MultilinearForm):
         """Ranks of which the factors have a twentieth, a tenth and more of the entries."""
         for kernel in kernels_of(shape):
             for bits, shares in ((None, (0.05, 0.1, 0.2, 0.4)), (4, (0.2, 0.4))):
-                ranks = {int(share * prod(shape) / sum(modes_of("cp", shape, kernel))) for share in shares}
+                ranks = {int(share * prod(shape) / sum(modes_of(shape, kernel))) for share in shares}
                 for rank in sorted(ranks - {0}):
                     yield CPSetting(kernel, rank, bits)
 
@@ -64,7 +64,7 @@ class CPForm(MultilinearForm):
         return UnfoldedOperator(shape, setting, self.network(shape, setting))
 
     def network(self, shape: Shape, setting: CPSetting) -> Network:
-        sizes = dict(zip("abcr", (*modes_of("cp", shape, setting.kernel), setting.rank), strict=True))
+        sizes = dict(zip("abcr", (*modes_of(shape, setting.kernel), setting.rank), strict=True))
         return Network(("ar", "br", "cr"), "a", "bc", sizes)
 
     def decompose(self, prepared: Tensor, network: Network) -> list[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ RULES = ("surrogate", "ratio")
 
 @dataclass(frozen=True)
 class TuckerSetting:
-    """Columns are inputs times `kernel` positions; the factors have at most `share` of the entries of the weight.
+    """Columns are inputs times `kernel` positions, or what they have in common with it; the factors have at most `share` of the entries of the weight.
 
     The rule `surrogate` chooses the core's shape by what each mode would lose, `ratio` keeps the same part of every
     mode. `core` is that shape, filled in by the fit; a setting that has one keeps it. `bits` None is 16-bit floats.
@@ -139,7 +139,7 @@ class TuckerForm(MultilinearForm):
 
     def network(self, shape: Shape, setting: TuckerSetting) -> Network:
         """The factors of a core's shape; where the fit has not chosen one, of the one that keeps ratios."""
-        dims = modes_of("tucker", shape, setting.kernel)
+        dims = modes_of(shape, setting.kernel)
         core = setting.core or core_of_ratio(dims, setting.share * prod(dims))
         if any(not 1 <= r <= n for r, n in zip(core, dims, strict=True)):
             raise TersorError(f"tucker: core is {core!r}, but must lie between 1 and {dims!r}.")
@@ -154,7 +154,7 @@ class TuckerForm(MultilinearForm):
     def completed(self, prepared: Unfoldings, shape: Shape, setting: TuckerSetting) -> TuckerSetting:
         if setting.core is not None:
             return setting
-        dims = modes_of("tucker", shape, setting.kernel)
+        dims = modes_of(shape, setting.kernel)
         most = setting.share * prod(dims)
         core = core_of_ratio(dims, most) if setting.rule == "ratio" else best_core(prepared.tails, most)
         return replace(setting, core=core)
@@ -174,11 +174,10 @@ class TuckerForm(MultilinearForm):
         return [_project(prepared.tensor, kept), *(bases[mode] for mode in cut)]
 
 
-def modes_of(name: str, shape: Shape, kernel: int) -> tuple[int, int, int]:
-    """(outputs, inputs, positions); raises TersorError where the kernel does not divide the columns."""
-    if shape[1] % kernel:
-        raise TersorError(f"{name}: kernel is {kernel}, but does not divide {shape[1]} columns.")
-    return shape[0], shape[1] // kernel, kernel
+def modes_of(shape: Shape, kernel: int) -> tuple[int, int, int]:
+    """(outputs, inputs, positions), with as many positions as the kernel and the columns have in common."""
+    positions = gcd(kernel, shape[1])
+    return shape[0], shape[1] // positions, positions
 
 
 def kernels_of(shape: Shape) -> list[int]:
