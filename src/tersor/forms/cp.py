@@ -27,7 +27,10 @@ SWEEPS, WORK = 100, 4e9  # of alternating least squares; FLOPs of them, of which
 
 @dataclass(frozen=True)
 class CPSetting:
-    """Columns are inputs times `kernel` positions, or what they have in common with it; `bits` None keeps the factors in 16-bit floats."""
+    """Columns are inputs times `kernel` positions, or what they have in common with it.
+
+    `bits` None keeps the factors in 16-bit floats.
+    """
 
     kernel: int
     rank: int

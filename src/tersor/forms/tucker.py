@@ -31,7 +31,9 @@ RULES = ("surrogate", "ratio")
 
 @dataclass(frozen=True)
 class TuckerSetting:
-    """Columns are inputs times `kernel` positions, or what they have in common with it; the factors have at most `share` of the entries of the weight.
+    """Columns are inputs times `kernel` positions, or what they have in common with it.
+
+    The factors have at most `share` of the entries of the weight.
 
     The rule `surrogate` chooses the core's shape by what each mode would lose, `ratio` keeps the same part of every
     mode. `core` is that shape, filled in by the fit; a setting that has one keeps it. `bits` None is 16-bit floats.
