@@ -1,8 +1,8 @@
 """P086 PHNNs: Lightweight Neural Networks via Parameterized Hypercomplex Convolutions.
 
 Claim: a sum of n Kronecker products with n x n matrices does the work of a layer with about 1/n of its parameters. What
-can be shown without training anew: the nearest such sum to a trained weight (Van Loan) against low rank. Null: plain SVD
-with the largest rank of which every matrix takes one part in n (and a hundredth more, as ranks are whole numbers).
+can be shown without training anew: the nearest such sum to a trained weight (Van Loan). Null: plain SVD with ranks of
+which every matrix takes one part in n, and a hundredth more, as ranks are whole numbers.
 """
 
 import sys
