@@ -42,6 +42,11 @@ def blind(form: str) -> Callable[[Tensor, Metric, Any], Operator]:
     return lambda weight, metric, setting: form_named(form).fit(weight, metric.coarsened("identity"), setting)
 
 
+def blind_core(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """The best core of the shape that the fit chose, where errors are plain squares."""
+    return blind("tucker")(weight, metric, form_named("tucker").fit(weight, metric, setting).setting)
+
+
 def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     """What the sum is worth without its correction (in fewer bytes)."""
     return form_named("int").fit(weight, metric, setting.first)
@@ -70,6 +75,8 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "codebook": plain_integers,
     "lowrank": blind("lowrank"),
     "int+lowrank": first_term,
+    **{name: blind(name) for name in ("kronecker", "tt", "cp")},
+    "tucker": blind_core,
     "portable": plain_rounding,
     "float": plain_floats,
     "dictionary": blind("dictionary"),

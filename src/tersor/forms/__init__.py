@@ -21,13 +21,17 @@ from tersor.forms.base import (
 )
 from tersor.forms.codebook import CodebookForm, CodebookSetting
 from tersor.forms.coded import CodedForm, CodedSetting
+from tersor.forms.cp import CPForm, CPSetting
 from tersor.forms.dictionary import DictionaryForm, DictionarySetting
 from tersor.forms.floats import FloatForm, FloatSetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
+from tersor.forms.kronecker import KroneckerForm, KroneckerSetting
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.shared import SharedForm, SharedSetting
 from tersor.forms.sums import SumForm, SumSetting
+from tersor.forms.tensor_train import TensorTrainForm, TensorTrainSetting
 from tersor.forms.trellis import TrellisForm, TrellisSetting
+from tersor.forms.tucker import TuckerForm, TuckerSetting
 
 
 def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
@@ -46,6 +50,10 @@ FORMS: dict[str, Form] = {
         CodebookForm(),
         LowRankForm(),
         SumForm(IntForm(), LowRankForm(), _corrections, "resident, at two and three bits, on wide weights"),
+        KroneckerForm(),
+        TensorTrainForm(),
+        TuckerForm(),
+        CPForm(),
         PortableForm(),
         FloatForm(),
         DictionaryForm(),
@@ -66,6 +74,8 @@ def form_named(name: str) -> Form:
 __all__ = [
     "FORMS",
     "USUAL",
+    "CPForm",
+    "CPSetting",
     "Candidate",
     "CodebookForm",
     "CodebookSetting",
@@ -79,6 +89,8 @@ __all__ = [
     "Form",
     "IntForm",
     "IntSetting",
+    "KroneckerForm",
+    "KroneckerSetting",
     "LowRankForm",
     "LowRankSetting",
     "Operator",
@@ -89,8 +101,12 @@ __all__ = [
     "SharedSetting",
     "SumForm",
     "SumSetting",
+    "TensorTrainForm",
+    "TensorTrainSetting",
     "TrellisForm",
     "TrellisSetting",
+    "TuckerForm",
+    "TuckerSetting",
     "as_values",
     "cost_of",
     "form_named",
