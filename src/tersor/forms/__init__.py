@@ -22,6 +22,7 @@ from tersor.forms.base import (
 from tersor.forms.coded import CodedForm, CodedSetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
+from tersor.forms.sparse import SparseForm, SparseSetting
 from tersor.forms.sums import SumForm, SumSetting
 from tersor.forms.trellis import TrellisForm, TrellisSetting
 
@@ -33,6 +34,13 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
                 yield IntSetting(bits, 128), LowRankSetting(rank, 8)
 
 
+def _sparse_corrections(shape: Shape) -> Iterable[tuple[SparseSetting, LowRankSetting]]:
+    for density, bits in ((0.5, 4), ("2:4", 4), (0.25, 4), (0.125, 4)):
+        for rank in (8, 32):
+            if rank * sum(shape) * 4 < shape[0] * shape[1]:
+                yield SparseSetting(density, bits=bits), LowRankSetting(rank, 8)
+
+
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
@@ -42,6 +50,8 @@ FORMS: dict[str, Form] = {
         LowRankForm(),
         SumForm(IntForm(), LowRankForm(), _corrections),
         PortableForm(),
+        SparseForm(),
+        SumForm(SparseForm(), LowRankForm(), _sparse_corrections),
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
@@ -71,6 +81,8 @@ __all__ = [
     "PortableForm",
     "Setting",
     "Shape",
+    "SparseForm",
+    "SparseSetting",
     "SumForm",
     "SumSetting",
     "TrellisForm",
