@@ -35,7 +35,7 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
 
 
 def _sparse_corrections(shape: Shape) -> Iterable[tuple[SparseSetting, LowRankSetting]]:
-    for density, bits in ((0.5, 4), ("2:4", 4), (0.25, 4), (0.125, 4)):
+    for density, bits in ((0.125, 4), (0.25, 4), ("2:4", 4), (0.5, 4)):
         for rank in (8, 32):
             if rank * sum(shape) * 4 < shape[0] * shape[1]:
                 yield SparseSetting(density, bits=bits), LowRankSetting(rank, 8)

@@ -26,10 +26,9 @@ from tersor.metrics import Metric, Side
 
 SELECTS = ("second-order", "wanda", "sampled", "magnitude")
 STEP = 0.7  # the share of the entries that a stage keeps
-STAGE, FINAL = 4, 16  # steps of conjugate gradients after a stage, and at the end
-ROUNDS = 2  # fits of the scales to codes, and roundings anew
+STAGE, FINAL = 4, 12  # steps of conjugate gradients after a stage, and at the end
 BLOCK = 1 << 20  # entries that are refitted at a time where rows do not feel one another
-ABSENT = 1e-30  # the scale of an entry that is zero
+ABSENT = 1e-6  # the share of a row's scale on which an absent entry is rounded, next to zero but not subnormal
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ class SparseSetting:
         if self.pattern is not None:
             return Groups(shape, *self.pattern)
         kept = shape[0] * max(1, round(float(self.density) * shape[1]))
-        return min(Bitmask(shape, kept), Positions(shape, kept), key=lambda code: code.nbytes)
+        codes: tuple[Support, ...] = Bitmask(shape, kept), Positions(shape, kept)
+        return min(codes, key=lambda code: code.nbytes)
 
     @property
     def codes(self) -> IntSetting:
@@ -139,13 +139,10 @@ class SparseForm:
 
     def settings(self, shape: Shape) -> Iterable[SparseSetting]:
         """The densest first, so that a curve prunes on from one to the next."""
-        for density in (0.5, 0.35, 0.25, 0.125):
-            for bits in (4, 3):
+        densities: tuple[float | str, ...] = 0.5, 0.35, 0.25, 0.125, "2:4"
+        for density in densities:
+            for bits in (None, 4, 3) if density in (0.5, "2:4") else (4, 3):
                 yield SparseSetting(density, bits=bits)
-        yield SparseSetting("2:4", bits=4)
-        yield SparseSetting("2:4", bits=3)
-        yield SparseSetting(0.5)
-        yield SparseSetting("2:4")
 
     def setting(self, values: Mapping[str, Any]) -> SparseSetting:
         return SparseSetting(**values)
@@ -190,9 +187,13 @@ class Pruning:
         return Pruning(self.weight, self.metric.coarsened("identity"))
 
     def operator(self, setting: SparseSetting) -> SparseOperator:
-        """The better of the fit under the metric and the one as if it were the identity."""
-        fits = [self.fitted(setting), self.null.fitted(setting)]
-        return min(fits, key=lambda fit: self.metric.distance(self.weight - fit.dense()))
+        """The better of the fit under the metric and the one as if it were the identity, which has nothing to refit."""
+        select = "magnitude" if setting.select == "second-order" else setting.select
+        plain = self.null.fitted(replace(setting, select=select, refit=False))
+        fits = [self.fitted(setting), plain]
+        best = min(fits, key=lambda fit: self.metric.distance(self.weight - fit.dense()))
+        best.setting = setting
+        return best
 
     def fitted(self, setting: SparseSetting) -> SparseOperator:
         """The fit under the metric."""
@@ -205,20 +206,26 @@ class Pruning:
         return operator
 
     def _supported(self, setting: SparseSetting) -> tuple[Tensor, Tensor]:
-        """The values (rows, columns), zero where nothing is kept, and the mask in whole groups."""
+        """The values (rows, columns), zero where nothing is kept, and the mask in whole groups: the best of some.
+
+        Without a refit the values are the weight's own. The metric is damped for the refit, not for the judgement, so
+        that these are tried with it too. Second-order tries what `wanda` keeps beside what it keeps itself.
+        """
         unrounded = replace(setting, bits=None)
         if self._latest is None or self._latest[0] != unrounded:
-            values, mask = self._selected(setting)
-            plain = self.weight * mask[:, : self.shape[1]]
-            if not setting.refit:
-                values = plain
-            elif self.metric.distance(self.weight - plain) < self.metric.distance(self.weight - values):
-                values = plain  # the metric is damped for the refit, not for the judgement
-            self._latest = unrounded, (values, mask)
+            masks = [self._selected(setting)]
+            if setting.select == "second-order":
+                masks.append(self._selected(replace(setting, select="wanda")))
+            tried = []
+            for start, mask in masks:
+                tried.append((self.weight * mask[:, : self.shape[1]], mask))
+                if setting.refit:
+                    tried.append((self._refitted(start, mask, FINAL), mask))
+            self._latest = unrounded, min(tried, key=lambda made: self.metric.distance(self.weight - made[0]))
         return self._latest[1]
 
     def _selected(self, setting: SparseSetting) -> tuple[Tensor, Tensor]:
-        """Values on the support, as far as they were refitted, and the mask in whole groups."""
+        """Values to start a refit from, and the mask in whole groups."""
         if setting.select == "second-order":
             return self._removed_in_stages(setting)
         scores = self.weight.abs()
@@ -226,9 +233,7 @@ class Pruning:
             scores = scores * self.felt.columns.diagonal.sqrt()
         if setting.select == "sampled":
             scores = scores.log() + _gumbel(self.shape, setting.seed).to(scores)
-        mask = _strongest(scores, setting, None, within_rows=setting.select != "magnitude")
-        values = self.weight * mask[:, : self.shape[1]]
-        return (self._refitted(values, mask, FINAL) if setting.refit else values), mask
+        return self.weight, _strongest(scores, setting, None, within_rows=setting.select != "magnitude")
 
     def _removed_in_stages(self, setting: SparseSetting) -> tuple[Tensor, Tensor]:
         """Remove the entries that are missed least, a share of them at a time, and refit the others between."""
@@ -244,8 +249,7 @@ class Pruning:
                 mask = _strongest(values.abs() * self._missed, setting, stage)
                 count, values = stage, self._refitted(values, mask, STAGE)
                 self._stage[size] = count, values
-        mask = _strongest(values.abs() * self._missed, setting, None)
-        return self._refitted(values, mask, FINAL), mask
+        return values, _strongest(values.abs() * self._missed, setting, None)
 
     @cached_property
     def _missed(self) -> Tensor:
@@ -256,7 +260,7 @@ class Pruning:
         return refit(self.weight, values, mask[:, : self.shape[1]], self.felt, steps)
 
     def _rounded(self, values: Tensor, kept: Tensor, setting: SparseSetting) -> tuple[Tensor, Tensor]:
-        """Values on a grid, rounded with feedback among the kept entries, and the scales (rows,): the best of some.
+        """Values rounded with feedback among the kept entries or to the nearest, and the scales (rows,): the better.
 
         What the refitted values miss is orthogonal to all changes on the support, so that these are all that matters.
         """
@@ -264,30 +268,15 @@ class Pruning:
             side.unit_lower for side in (self.felt.rows, self.felt.columns)
         )
         importance = torch.outer(pivot_rows.float(), pivot_columns.float()) * kept
-        codes, best = setting.codes, None
-        scale = search_grid(values, importance, codes)[0]
-        for _ in range(ROUNDS + 1):
-            scale = from_bits(bits_of(scale.clamp_min(6e-8)))
-            steps = torch.where(kept, scale, ABSENT)
-            grid = Grid(steps, torch.full_like(steps, codes.half), 2.0**codes.bits - 1)
-            rounded = round_with_feedback(values, grid, lower_rows, lower_columns).to(values.device) * kept
-            distance = self.metric.distance(self.weight - rounded)
-            if best is None or distance < best[0]:
-                best = distance, rounded, scale[:, 0]
-            scale = scale * self._rescaled(rounded)[:, None]
-        assert best is not None
-        return best[1], best[2]
-
-    def _rescaled(self, matrix: Tensor) -> Tensor:
-        """The factors (rows,) of the rows of `matrix` that bring it nearest to the weight."""
-        rows, columns = self.felt.rows, self.felt.columns
-        felt = columns.felt(matrix)
-        if rows.is_diagonal:
-            return (felt * self.weight).sum(1) / (felt * matrix).sum(1).clamp_min(1e-30)
-        gram = rows.moment.double() * (felt @ matrix.T).double()
-        gram.diagonal().add_(1e-9 * gram.diagonal().mean() + 1e-30)
-        wanted = (rows.apply(columns.felt(self.weight)) * matrix).sum(1).double()
-        return torch.linalg.solve(gram, wanted).float()
+        scale = search_grid(values, importance, setting.codes)[0].clamp_min(6e-8)
+        scale = from_bits(bits_of(scale))
+        steps = torch.where(kept, scale, ABSENT * scale)
+        grid = Grid(steps, torch.full_like(steps, setting.codes.half), 2.0**setting.codes.bits - 1)
+        near = grid.nearest(values) * kept
+        if lower_rows is None and lower_columns is None:
+            return near, scale[:, 0]
+        settled = round_with_feedback(values, grid, lower_rows, lower_columns).to(near.device) * kept
+        return min((settled, near), key=lambda v: self.metric.distance(self.weight - v)), scale[:, 0]
 
 
 def refit(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, steps: int) -> Tensor:

@@ -21,9 +21,10 @@ from tersor.forms.packing import pack, packed_width, unpack
 
 
 class Support(Protocol):
-    """A code of masks (rows, columns). `kept` entries are chosen in each."""
+    """A code of masks (rows, columns) in which `kept` entries are chosen."""
 
-    kept: int
+    @property
+    def kept(self) -> int: ...
 
     @property
     def shape(self) -> Shape:
@@ -150,7 +151,7 @@ class Groups:
 
 def _parts(bits: int) -> list[int]:
     """Widths that `pack` knows and that add up to `bits`."""
-    rest = {0: [], 7: [4, 3]}.get(bits % 8, [bits % 8])
+    rest = [] if bits % 8 == 0 else [4, 3] if bits % 8 == 7 else [bits % 8]
     return [8] * (bits // 8) + rest
 
 
