@@ -26,7 +26,7 @@ from tersor.metrics import Metric, Side
 
 SELECTS = ("second-order", "wanda", "sampled", "magnitude")
 STEP = 0.7  # the share of the entries that a stage keeps
-STAGE, FINAL = 4, 12  # steps of conjugate gradients after a stage, and at the end
+STAGE, FINAL = 4, 16  # steps of conjugate gradients after a stage, and at the end
 BLOCK = 1 << 20  # entries that are refitted at a time where rows do not feel one another
 ABSENT = 1e-6  # the share of a row's scale on which an absent entry is rounded, next to zero but not subnormal
 
@@ -191,7 +191,7 @@ class Pruning:
         select = "magnitude" if setting.select == "second-order" else setting.select
         plain = self.null.fitted(replace(setting, select=select, refit=False))
         fits = [self.fitted(setting), plain]
-        best = min(fits, key=lambda fit: self.metric.distance(self.weight - fit.dense()))
+        best = min(fits, key=lambda fit: self._distance(fit.dense()))
         best.setting = setting
         return best
 
@@ -206,23 +206,26 @@ class Pruning:
         return operator
 
     def _supported(self, setting: SparseSetting) -> tuple[Tensor, Tensor]:
-        """The values (rows, columns), zero where nothing is kept, and the mask in whole groups: the best of some.
+        """The values (rows, columns), zero where nothing is kept, and the mask in whole groups.
 
-        Without a refit the values are the weight's own. The metric is damped for the refit, not for the judgement, so
-        that these are tried with it too. Second-order tries what `wanda` keeps beside what it keeps itself.
+        Second-order tries what `wanda` would keep beside what it keeps itself, and goes on with the better.
         """
         unrounded = replace(setting, bits=None)
         if self._latest is None or self._latest[0] != unrounded:
-            masks = [self._selected(setting)]
+            values, mask = self._selected(setting)
             if setting.select == "second-order":
-                masks.append(self._selected(replace(setting, select="wanda")))
-            tried = []
-            for start, mask in masks:
-                tried.append((self.weight * mask[:, : self.shape[1]], mask))
-                if setting.refit:
-                    tried.append((self._refitted(start, mask, FINAL), mask))
-            self._latest = unrounded, min(tried, key=lambda made: self.metric.distance(self.weight - made[0]))
+                start, other = self._selected(replace(setting, select="wanda"))
+                tried = [(self._refitted(v, m, STAGE), m) for v, m in ((values, mask), (start, other))]
+                values, mask = min(tried, key=lambda made: self._distance(made[0]))
+            plain = self.weight * mask[:, : self.shape[1]]
+            if setting.refit:
+                # The metric is damped for the refit, not for the judgement.
+                values = min((self._refitted(values, mask, FINAL), plain), key=self._distance)
+            self._latest = unrounded, (values if setting.refit else plain, mask)
         return self._latest[1]
+
+    def _distance(self, values: Tensor) -> float:
+        return self.metric.distance(self.weight - values)
 
     def _selected(self, setting: SparseSetting) -> tuple[Tensor, Tensor]:
         """Values to start a refit from, and the mask in whole groups."""
@@ -276,7 +279,7 @@ class Pruning:
         if lower_rows is None and lower_columns is None:
             return near, scale[:, 0]
         settled = round_with_feedback(values, grid, lower_rows, lower_columns).to(near.device) * kept
-        return min((settled, near), key=lambda v: self.metric.distance(self.weight - v)), scale[:, 0]
+        return min((settled, near), key=self._distance), scale[:, 0]
 
 
 def refit(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, steps: int) -> Tensor:
