@@ -7,12 +7,12 @@ entries refitted under the same second moment (SparseGPT) with no correction, in
 
 import sys
 
-from _shared import Pair, changed, pylm, trial, verdict
+from _shared import Pair, babyllama, changed, trial, verdict
 
 CLAIM = "A correction of 2:4 sparse weights in the eigenspace of the inputs does less damage than plain SVD."
 
 if __name__ == "__main__":
-    subject, pairs = pylm(), []
+    subject, pairs = babyllama(), []
     refitted = trial(subject, "sparsegpt, no correction", changed("sparsegpt", density="2:4"))
     for rank in (8, 16):
         eora = changed("eora-sparse", first={"density": "2:4"}, second={"rank": rank})
