@@ -13,7 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms import FORMS, Form, IntForm, IntSetting, Operator, as_values, cost_of, form_named
+from tersor.forms import (
+    FORMS,
+    Form,
+    IntForm,
+    IntSetting,
+    Operator,
+    SparseForm,
+    as_values,
+    cost_of,
+    form_named,
+)
 from tersor.metrics import Metric, Side
 from tersor.metrics import metric as metric_module
 
@@ -49,7 +59,12 @@ def blind_core(weight: Tensor, metric: Metric, setting: Any) -> Operator:
 
 def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     """What the sum is worth without its correction (in fewer bytes)."""
-    return form_named("int").fit(weight, metric, setting.first)
+    return form_named("int" if isinstance(setting.first, IntSetting) else "sparse").fit(weight, metric, setting.first)
+
+
+def plain_pruning(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """The largest entries as they are, or rounded to the nearest, in the same bytes."""
+    return SparseForm().fit(weight, metric.coarsened("identity"), replace(setting, select="magnitude", refit=False))
 
 
 def plain_integers(weight: Tensor, metric: Metric, setting: Any) -> Operator:
@@ -81,6 +96,8 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "float": plain_floats,
     "dictionary": blind("dictionary"),
     "shared": blind("shared"),
+    "sparse": plain_pruning,
+    "sparse+lowrank": first_term,
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
 each_setting = pytest.mark.parametrize(("form", "setting"), CASES)

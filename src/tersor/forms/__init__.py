@@ -28,6 +28,7 @@ from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.kronecker import KroneckerForm, KroneckerSetting
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
 from tersor.forms.shared import SharedForm, SharedSetting
+from tersor.forms.sparse import SparseForm, SparseSetting
 from tersor.forms.sums import SumForm, SumSetting
 from tersor.forms.tensor_train import TensorTrainForm, TensorTrainSetting
 from tersor.forms.trellis import TrellisForm, TrellisSetting
@@ -39,6 +40,13 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
         for rank in (8, 32):
             if rank * sum(shape) * 4 < shape[0] * shape[1]:
                 yield IntSetting(bits, 128), LowRankSetting(rank, 8)
+
+
+def _sparse_corrections(shape: Shape) -> Iterable[tuple[SparseSetting, LowRankSetting]]:
+    for density, bits in ((0.125, 4), (0.25, 4), ("2:4", 4), (0.5, 4)):
+        for rank in (8, 32):
+            if rank * sum(shape) * 4 < shape[0] * shape[1]:
+                yield SparseSetting(density, bits=bits), LowRankSetting(rank, 8)
 
 
 FORMS: dict[str, Form] = {
@@ -58,6 +66,10 @@ FORMS: dict[str, Form] = {
         FloatForm(),
         DictionaryForm(),
         SharedForm(),
+        SparseForm(),
+        SumForm(
+            SparseForm(), LowRankForm(), _sparse_corrections, "where a pattern is wanted, on wide weights"
+        ),
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
@@ -99,6 +111,8 @@ __all__ = [
     "Shape",
     "SharedForm",
     "SharedSetting",
+    "SparseForm",
+    "SparseSetting",
     "SumForm",
     "SumSetting",
     "TensorTrainForm",

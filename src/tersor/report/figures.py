@@ -15,7 +15,10 @@ from tersor.plan import UNTOUCHED, Plan
 from tersor.report.account import Account
 from tersor.report.quantities import bytes_text, number_text, seconds_text, share_text
 
-COLOURS = ("#2f6f9f", "#d9822b", "#4f9d69", "#8e5ea2", "#c0504d", "#7a8b99", "#b59f3b", "#3fa7a3")
+COLOURS = (
+    "#2f6f9f", "#d9822b", "#4f9d69", "#8e5ea2", "#c0504d", "#7a8b99", "#b59f3b", "#3fa7a3",
+    "#9fc3de", "#f2bf85", "#a5d3b3", "#c9aed4", "#e39d99", "#4a5560", "#7d6b1f", "#1f6b68",
+)  # fmt: skip
 GREY, INK = "#b8bfc6", "#2b2f33"
 Ledger = Sequence[tuple[str, str, float, float, float, float]]
 
