@@ -23,7 +23,7 @@ def site(name: str, shape: tuple[int, int] = (64, 64)) -> Any:
 
 
 def candidate(form: str, stored: int, divergence: float, resident: int | None = None) -> Candidate:
-    return Candidate(form, SimpleNamespace(label=""), Cost(stored, resident or stored, 1), divergence)  # type: ignore[arg-type]
+    return Candidate(form, (form, stored), Cost(stored, resident or stored, 1), divergence)  # type: ignore[arg-type]
 
 
 def test_every_kind_of_site_has_a_scout_from_its_middle() -> None:
@@ -32,19 +32,18 @@ def test_every_kind_of_site_has_a_scout_from_its_middle() -> None:
     assert [s.name for s in scouts_of(sites[:3])] == ["1"]
 
 
-def test_a_form_is_worth_drawing_where_it_comes_near_to_the_others() -> None:
+def forms_worth(curves: list[list[Candidate]], resources: list[str]) -> dict[str, int]:
+    return {form: len(settings) for form, settings in worth_drawing(curves, resources).items()}
+
+
+def test_a_setting_is_worth_drawing_where_it_comes_near_to_other_forms() -> None:
     good = [candidate("good", size, 2.0**-size, resident=4 * size) for size in (0, 2, 4, 6)]
     bad = [candidate("bad", size, 2.0 ** (1 - size)) for size in (2, 3, 5)]
-    assert worth_drawing([good + bad], ["stored"]) == {"good"}
-    assert worth_drawing([good + bad], ["stored", "resident"]) == {"good", "bad"}
-    near = [candidate("near", 3, 1.05 * 2.0**-3)]
-    assert worth_drawing([good + bad, good + near], ["stored"]) == {"good", "near"}
-    assert worth_drawing([bad], ["stored"]) == {"bad"}
-
-
-def test_ruin_is_not_worth_drawing() -> None:
-    good = [candidate("good", size, 2.0**-size) for size in (2, 4, 6)]
-    assert worth_drawing([[*good, candidate("ruin", 1, 0.9)]], ["stored"]) == {"good"}
+    assert forms_worth([good + bad], ["stored"]) == {"good": 3}
+    assert forms_worth([good + bad], ["stored", "resident"]) == {"good": 3, "bad": 2}
+    near = [candidate("near", 3, 1.05 * 2.0**-3), candidate("near", 5, 1.2 * 2.0**-5)]
+    assert forms_worth([good + bad, good + near], ["stored"]) == {"good": 3, "near": 1}
+    assert forms_worth([bad], ["stored"]) == {"bad": 1}  # two of three are ruin
 
 
 class Net(nn.Module):
@@ -75,7 +74,7 @@ def test_the_rest_is_drawn_when_it_is_asked_for(tmp_path: Path) -> None:
     assert all(opened.run.is_drawn(s.name, "coded") for s in opened.sites)
     assert opened.run.get(f"gain/{opened.sites[0].name}")["by_form"].keys() == {"coded"}
     sparing = opened.plan("3bits")
-    with pytest.raises(TersorError, match="lowrank: drawn at a few sites"):
+    with pytest.raises(TersorError, match="lowrank: drawn in part only"):
         opened.plan("3bits", forms=["lowrank"])
     with pytest.raises(TersorError, match="drew what limits on other costs need"):
         opened.plan("3bits", memory_budget="90%")

@@ -26,7 +26,9 @@ from tersor.forms import (
     Form,
     IntSetting,
     Operator,
+    Setting,
     Shape,
+    as_values,
     cost_of,
     form_named,
     settings_of,
@@ -104,19 +106,42 @@ def draw_all(
     """Draw the curves that are not in the run yet, a unit a site; yields the name of every site when it is stored.
 
     `settings` replaces the ladder of a form, by its name, with settings given as plain values. With `resources`, the
-    costs that will be limited, a few scouts draw all forms and the other sites those that came near to the best there.
+    costs that will be limited, a few scouts draw all forms and the other sites what came near to the best there.
     """
     unseen = run.get("unseen_sites", ())  # used, but not as could be watched: they stay as they are
     sites = [site for site in sites if site.name not in unseen]
-    scouts = list(sites) if resources is None else scouts_of([s for s in sites if not _is_unused(run, s)])
-    yield from _draw(run, model, scouts, forms, workers, settings)
-    others, worth = [site for site in sites if site not in scouts], set(forms)
-    if resources is not None:
+    scouts = scouts_of([s for s in sites if not _is_unused(run, s)])
+    others = [site for site in sites if site not in scouts]
+    known = run.get("drawn_for")
+    if known is not None and known["resources"] != list(resources or ()):
+        run.undraw(known["left_out"], [site.name for site in others])
+        run.put("drawn_for", None)
+    yield from _draw(run, model, scouts, forms, workers, lambda _: settings)
+    ladders = None
+    if resources is not None and settings is None:
         named = [[c for c in run.candidates(site.name) if c.form in forms] for site in scouts]
-        worth = worth_drawing(named, resources) or worth
-    yield from _draw(run, model, others, [name for name in forms if name in worth], workers, settings)
-    left_out = sorted(set(forms) - worth)
-    run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if resources and left_out else None)
+        ladders = _ladders(worth_drawing(named, resources), scouts)
+        left_out = sorted(name for name in forms if name not in ladders or ladders[name] is not None)
+        run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
+        forms = [name for name in forms if name in ladders]
+    yield from _draw(run, model, others, forms, workers, lambda site: settings or _ladders_at(site, ladders))
+
+
+def _ladders(worth: Mapping[str, set[Setting]], scouts: Sequence[Site]) -> dict[str, set[Setting] | None]:
+    """The settings to draw of every form that is worth it, None for its whole ladder, where a fit completes them."""
+    known = {name: {s for site in scouts for s in form_named(name).settings(site.shape)} for name in worth}
+    return {name: settings if settings <= known[name] else None for name, settings in worth.items()}
+
+
+def _ladders_at(site: Site, ladders: Mapping[str, set[Setting] | None] | None) -> Ladders | None:
+    """Those settings that are in the ladders of a site, as plain values."""
+    if ladders is None:
+        return None
+    return {
+        name: [as_values(s) for s in form_named(name).settings(site.shape) if s in chosen]
+        for name, chosen in ladders.items()
+        if chosen is not None
+    }
 
 
 def _is_unused(run: Run, site: Site) -> bool:
@@ -129,13 +154,13 @@ def _draw(
     sites: Sequence[Site],
     forms: Sequence[str],
     workers: int | None,
-    settings: Ladders | None,
+    ladders: Callable[[Site], Ladders | None],
 ) -> Iterator[str]:
     def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
         for site in sorted(sites, key=lambda s: -s.parameters):
             missing = [name for name in forms if not run.is_drawn(site.name, name)]
             if missing:
-                yield site.name, partial(_arguments, run, model, site, missing, settings)
+                yield site.name, partial(_arguments, run, model, site, missing, ladders(site))
 
     for name, curves in map_units(draw_unit, units(), workers):
         for form, (curve, seconds) in curves.items():
@@ -160,7 +185,7 @@ def draw_unit(
         start = time.perf_counter()
         form = form_named(name)
         ladder = given_ladder(form, (weights.shape[1], weights.shape[2]), (settings or {}).get(name))
-        curve = stacked_curve(form, weights, metrics, ladder)
+        curve = [] if ladder == [] else stacked_curve(form, weights, metrics, ladder)
         curves[name] = curve, time.perf_counter() - start
     return curves
 

@@ -1,6 +1,6 @@
-"""Finding out on a few sites which forms a plan could use, so that the others need not be fitted everywhere.
+"""Finding out on a few sites which settings a plan could use, so that the others need not be fitted everywhere.
 
-A form that nowhere among the scouts comes near to what the others do at equal cost is left out elsewhere. Which cost
+What nowhere among the scouts comes near to what the other forms do at equal cost is left out elsewhere. Which cost
 that is depends on the budgets to come: what takes few bytes on disk may take many in memory.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tersor.forms import Candidate
+from tersor.forms import Candidate, Setting
 from tersor.models.sites import Site
 
 SHARE = 6  # sites of one kind and shape for which one stands
-NEAR = 1.1  # times the damage of the others, at most, for a form to be worth drawing
+NEAR = 1.1  # times the damage of the other forms, at most, for a setting to be worth drawing
 RUIN = 0.25  # of the worst damage at a site: a candidate that does more is not worth having
 
 
@@ -26,28 +26,30 @@ def scouts_of(sites: Sequence[Site]) -> list[Site]:
     return [site for group in groups.values() for site in group[(min(len(group), SHARE) - 1) // 2 :: SHARE]]
 
 
-def worth_drawing(curves: Iterable[Sequence[Candidate]], resources: Sequence[str]) -> set[str]:
-    """The forms that somewhere do at most `NEAR` times the damage of all others at the same cost.
+def worth_drawing(curves: Iterable[Sequence[Candidate]], resources: Sequence[str]) -> dict[str, set[Setting]]:
+    """The settings, by form, that somewhere do at most `NEAR` times the damage of all other forms at the same cost.
 
     `curves` has the candidates of all forms, a site each; `resources` are the costs that will be limited, of `stored`,
     `resident` and `flops`.
     """
-    found: set[str] = set()
+    found: dict[str, set[Setting]] = {}
     for candidates in curves:
         ruin = RUIN * max(c.divergence for c in candidates)
-        for form in {c.form for c in candidates} - found:
+        for form in {c.form for c in candidates}:
             own = [c for c in candidates if c.form == form and c.divergence <= ruin]
             others = [c for c in candidates if c.form != form]
-            if not others or any(_comes_near(own, others, resource) for resource in resources):
-                found.add(form)
+            near = [c.setting for c in own if any(_comes_near(c, others, resource) for resource in resources)]
+            if near:
+                found.setdefault(form, set()).update(near)
     return found
 
 
-def _comes_near(own: Sequence[Candidate], others: Sequence[Candidate], resource: str) -> bool:
-    """Whether one of `own` does hardly more damage than the others, by the logarithm between their best."""
+def _comes_near(candidate: Candidate, others: Sequence[Candidate], resource: str) -> bool:
+    """Whether a candidate does hardly more damage than the others, by the logarithm between their best."""
+    if not others:
+        return True
     cost, damage = np.array([(getattr(c.cost, resource), c.divergence) for c in others], dtype=float).T
     order = np.lexsort((damage, cost))
     best = np.minimum.accumulate(np.log(np.maximum(damage[order], 1e-300)))
-    here = [getattr(c.cost, resource) for c in own]
-    there = np.interp(here, cost[order], best, left=np.inf)
-    return bool((np.log([max(c.divergence, 1e-300) for c in own]) <= there + np.log(NEAR)).any())
+    there = np.interp(getattr(candidate.cost, resource), cost[order], best, left=np.inf)
+    return bool(np.log(max(candidate.divergence, 1e-300)) <= there + np.log(NEAR))

@@ -67,9 +67,7 @@ FORMS: dict[str, Form] = {
         DictionaryForm(),
         SharedForm(),
         SparseForm(),
-        SumForm(
-            SparseForm(), LowRankForm(), _sparse_corrections, "where a pattern is wanted, on wide weights"
-        ),
+        SumForm(SparseForm(), LowRankForm(), _sparse_corrections, "where a pattern is wanted, on wide weights"),
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named

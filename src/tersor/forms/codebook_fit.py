@@ -84,6 +84,13 @@ class Scaled:
         return self.weight.shape[1] // self.length
 
     @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `seen_as T`: the eigenvalues (vectors, length) of `T T^T`, `T^T V` and its eigenvectors `V`."""
+        values, basis = torch.linalg.eigh((self.seen_as @ self.seen_as.mT).double())
+        onto = self.seen_as.mT.double() @ basis
+        return values.clamp_min(1e-30).float(), onto.float(), basis.float()
+
+    @cached_property
     def seen_as(self) -> Tensor:
         """(vectors, length, length): how the metric sees a vector of a row, in units of its scales."""
         blocks = self.lower_columns.view(self.vectors, self.length, self.vectors, self.length)
@@ -161,7 +168,8 @@ def choose(scaled: Scaled, book: Book, offsets: Tensor) -> Tensor:
             external = later if lower_o is None else inner_o.T @ later
             if below is not None:
                 external = external + below[:, i]
-            parts = (external, weight[o, i], scaled.rows[o], scaled.columns[i], scaled.seen_as[of])
+            metric = (scaled.seen_as[of], *(t[of] for t in scaled.eigen))
+            parts = (external, weight[o, i], scaled.rows[o], scaled.columns[i], *metric)
             factors = (inner_o, inner_i, roots[i], entries, seen[of], offsets, steps)
             made = codes[o, of].contiguous(), error[o, i].contiguous()
             settle(*(t.contiguous().numpy() for t in (*parts, *factors, *made)))

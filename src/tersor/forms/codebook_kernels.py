@@ -13,7 +13,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 _compiled = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 AGAIN = 2  # times that every stage is chosen again, given the others
-SHRINK = 0.97  # of a target whose nearest point of the lattice lies outside of the codebook
+FIRST_PULL, HARDER = 0.01, 1.4  # towards zero, where the nearest point of the lattice lies outside of the codebook
 
 
 @_compiled
@@ -23,6 +23,9 @@ def settle(
     row_scales: Array,
     column_scales: Array,
     seen_as: Array,
+    energies: Array,
+    onto: Array,
+    back: Array,
     lower_o: Array,
     lower_i: Array,
     roots: Array,
@@ -35,11 +38,12 @@ def settle(
 ) -> None:
     """Choose the codes of a tile of `weight` (rows, columns), a vector of m columns after the other; leaves its error.
 
-    `external` (rows, columns) is what errors outside of the tile add, `seen_as` (vectors, m, m) how the metric sees a
-    vector of a row in units of its scales, `roots` (columns,) the roots of the column pivots. Without `steps`, `codes`
-    (rows, vectors, stages) number `entries` (all, m), which are seen as `seen` (vectors, m, all); those of stage `s`
-    start at `offsets[s]`. With `steps` (stages,) `codes` (rows, vectors, stages m) are doubled points of E8 of squared
-    norms of at most `offsets[s]`, and `entries` the doubled points next to zero.
+    `external` (rows, columns) is what errors outside of the tile add, `roots` (columns,) the roots of the column pivots,
+    `seen_as` (vectors, m, m) how the metric sees a vector of a row in units of its scales. With `seen_as = T`,
+    `energies` (vectors, m) are the eigenvalues of `T T^T`, `back` its eigenvectors `V` and `onto` is `T^T V`. Without
+    `steps`, `codes` (rows, vectors, stages) number `entries` (all, m), which are seen as `seen` (vectors, m, all);
+    those of stage `s` start at `offsets[s]`. With `steps` (stages,) `codes` (rows, vectors, stages m) are doubled
+    points of E8 of squared norms of at most `offsets[s]`, and `entries` the doubled points next to zero.
     """
     rows, m = weight.shape[0], seen_as.shape[1]
     along, moved = np.empty((rows, m), weight.dtype), np.empty((rows, m), weight.dtype)
@@ -61,7 +65,8 @@ def settle(
                 z[c] = total * roots[start + c] / row_scales[i]
             made[:] = 0
             if len(steps):
-                _lattice_stages(z, seen_as[j], entries, seen[j], offsets, steps, codes[i, j], made)
+                eigen = energies[j], onto[j], back[j]
+                _lattice_stages(z, seen_as[j], *eigen, entries, seen[j], offsets, steps, codes[i, j], made)
             else:
                 _learned_stages(z, entries, seen[j], offsets, codes[i, j], made)
             for c in range(m):
@@ -101,19 +106,29 @@ def _learned_stages(z: Array, entries: Array, seen: Array, offsets: Array, codes
 
 @_compiled
 def _lattice_stages(
-    z: Array, seen_as: Array, near: Array, near_seen: Array, radii: Array, steps: Array, codes: Array, made: Array
+    z: Array,
+    seen_as: Array,
+    energies: Array,
+    onto: Array,
+    back: Array,
+    near: Array,
+    near_seen: Array,
+    radii: Array,
+    steps: Array,
+    codes: Array,
+    made: Array,
 ) -> None:
     """Stage after stage a point near to what is left of `z`: the nearest as it lies, then the best next to it."""
     m = len(z)
     u, point, other = np.empty(m, z.dtype), np.empty(m, np.int64), np.empty(m, np.int64)
     for s in range(len(steps)):
-        half = z.dtype.type(0.5) * steps[s]
-        _undo(z, seen_as, u)
-        shrink = z.dtype.type(1) / steps[s]
-        _nearest(u, shrink, point, other)
+        half, pull = z.dtype.type(0.5) * steps[s], z.dtype.type(0)
+        _pulled(z, energies, onto, back, pull, u)
+        _nearest(u, 1 / steps[s], point, other)
         while (point * point).sum() > 4 * radii[s]:
-            shrink *= z.dtype.type(SHRINK)
-            _nearest(u, shrink, point, other)
+            pull = max(z.dtype.type(HARDER) * pull, z.dtype.type(FIRST_PULL) * energies.mean())
+            _pulled(z, energies, onto, back, pull, u)
+            _nearest(u, 1 / steps[s], point, other)
         for c in range(m):
             for b in range(c, m):
                 z[c] -= half * point[b] * seen_as[b, c]
@@ -134,13 +149,16 @@ def _lattice_stages(
 
 
 @_compiled
-def _undo(z: Array, seen_as: Array, u: Array) -> None:
-    """`u` with `u seen_as = z`, for a lower triangular matrix."""
-    for c in range(len(z) - 1, -1, -1):
-        total = z[c]
-        for b in range(c + 1, len(z)):
-            total -= u[b] * seen_as[b, c]
-        u[c] = total / max(seen_as[c, c], z.dtype.type(1e-30))
+def _pulled(z: Array, energies: Array, onto: Array, back: Array, pull: float, u: Array) -> None:
+    """`u` that makes `|u seen_as - z|^2 + pull |u|^2` least: what the metric sees least gives way first."""
+    u[:] = 0
+    for k in range(len(z)):
+        along = z.dtype.type(0)
+        for c in range(len(z)):
+            along += z[c] * onto[c, k]
+        along /= energies[k] + pull
+        for c in range(len(z)):
+            u[c] += along * back[c, k]
 
 
 @_compiled

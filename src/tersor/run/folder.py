@@ -126,6 +126,13 @@ class Run:
             db.executemany("INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             db.execute("INSERT OR REPLACE INTO drawn VALUES (?, ?, ?)", (site, form, seconds))
 
+    def undraw(self, forms: Iterable[str], sites: Iterable[str]) -> None:
+        """Forget what was drawn of these forms at these sites."""
+        pairs = [(site, form) for site in sites for form in forms]
+        with self._write() as db:
+            db.executemany("DELETE FROM drawn WHERE site = ? AND form = ?", pairs)
+            db.executemany("DELETE FROM candidates WHERE site = ? AND form = ?", pairs)
+
     def is_drawn(self, site: str, form: str) -> bool:
         return bool(self._rows("SELECT 1 FROM drawn WHERE site = ? AND form = ?", site, form))
 

@@ -69,7 +69,7 @@ def planner_of(run: Run, forms: Sequence[str] | None = None) -> Planner:
         form_named(name)
     left_out = (run.get("drawn_for") or {}).get("left_out", ())
     if forms and set(forms) & set(left_out):
-        raise TersorError(f"{', '.join(left_out)}: drawn at a few sites of {run.folder} only; {_AGAIN}.")
+        raise TersorError(f"{', '.join(left_out)}: drawn in part only in {run.folder}; {_AGAIN}.")
     layout = Layout.from_json(run.get("layout"))
     return Planner.of(run, layout.sites, layout.file_bytes, forms)
 
