@@ -103,10 +103,12 @@ def test_plan_is_built_by_name_to_the_byte(demo: Path, tersor: Callable[..., Any
 
 
 def test_forms_may_be_restricted(tersor: Callable[..., Any]) -> None:
-    arguments = ("plan", "demo/small.run", "--budget", "20%", "--forms", "int", "--json")
-    made = json.loads(tersor(*arguments).stdout)
-    assert {f["form"] for f in made["forms"]} <= {"int", "untouched"}
-    assert made["plan"]["name"] == "20%,int"
+    arguments = ("plan", "demo/small.run", "--budget", "20%", "--json", "--forms")
+    made = json.loads(tersor(*arguments, "coded").stdout)
+    assert {f["form"] for f in made["forms"]} <= {"coded", "untouched"}
+    assert made["plan"]["name"] == "20%,coded"
+    refused = tersor(*arguments, "lowrank")  # compress draws what its budget needs
+    assert refused.exit_code == 2 and "drawn in part only in demo/small.run; call `tersor study`" in refused.stderr
 
 
 def test_sites_alone_go_into_the_ledger(demo: Path, tersor: Callable[..., Any]) -> None:

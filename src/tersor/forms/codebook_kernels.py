@@ -38,7 +38,7 @@ def settle(
 ) -> None:
     """Choose the codes of a tile of `weight` (rows, columns), a vector of m columns after the other; leaves its error.
 
-    `external` (rows, columns) is what errors outside of the tile add, `roots` (columns,) the roots of the column pivots,
+    `external` (rows, columns) is what errors outside of the tile add, `roots` (columns,) roots of the column pivots,
     `seen_as` (vectors, m, m) how the metric sees a vector of a row in units of its scales. With `seen_as = T`,
     `energies` (vectors, m) are the eigenvalues of `T T^T`, `back` its eigenvectors `V` and `onto` is `T^T V`. Without
     `steps`, `codes` (rows, vectors, stages) number `entries` (all, m), which are seen as `seen` (vectors, m, all);
