@@ -129,7 +129,17 @@ def test_more_stages_leave_less_than_one(make_metric: Maker) -> None:
 
 def test_bits_on_disk_are_those_of_the_codes() -> None:
     operator = CodebookForm().empty((100, 804), CodebookSetting((10,), 4))
-    assert operator.nbytes == 100 * (201 + 51) + 100 + 804 + 8 + 2 * 1024 * 4
+    assert operator.nbytes == 100 * (201 + 51) + 100 + 804 + 8 + 6 * 6 + 2 * 1024 * 4
+
+
+def test_a_weight_that_stands_out_costs_the_others_nothing() -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+    form, setting, metric = CodebookForm(), CodebookSetting((16,), lattice=True), identity(64, 64)
+    before = metric.distance(weight - form.fit(weight, metric, setting).dense())
+    weight[17, 40] = 300.0
+    operator = form.fit(weight, metric, setting)
+    assert metric.distance(weight - operator.dense()) < 1.05 * before
+    assert operator.dense()[17, 40] == operator.take(torch.tensor([3, 17]))[1, 40] == 300.0
 
 
 def test_vectors_that_reach_beyond_the_row() -> None:

@@ -68,6 +68,8 @@ class CodebookOperator(Operator):
     row_logs: Tensor
     column_logs: Tensor
     tops: Tensor
+    positions: Tensor
+    exact: Tensor
     entries: Tensor
     projection: Tensor
     steps: Tensor
@@ -79,6 +81,8 @@ class CodebookOperator(Operator):
         self.register_buffer("row_logs", torch.zeros(shape[0], dtype=torch.uint8))
         self.register_buffer("column_logs", torch.zeros(shape[1], dtype=torch.uint8))
         self.register_buffer("tops", torch.zeros(2, dtype=torch.int32))
+        self.register_buffer("positions", torch.arange(exact_entries(shape), dtype=torch.int32))
+        self.register_buffer("exact", torch.zeros(exact_entries(shape), dtype=torch.int16))
         if setting.lattice:
             self.register_buffer("steps", torch.zeros(len(setting.bits), dtype=torch.int32))
             return
@@ -91,6 +95,13 @@ class CodebookOperator(Operator):
     def vectors(self) -> int:
         """Vectors in a row; the last may reach beyond it."""
         return -(-self.shape[1] // self.setting.length)
+
+    def keep_exact(self, weight: Tensor, metric: Metric) -> Tensor:
+        """Store the entries that matter most in 16 bits; returns the weight with zeros in their places."""
+        matters = torch.outer(metric.rows.diagonal, metric.columns.diagonal).to(weight) * weight.square()
+        positions = matters.flatten().topk(len(self.positions)).indices.sort().values
+        self.positions, self.exact = positions.int(), bits_of(weight.flatten()[positions])
+        return weight.flatten().index_fill(0, positions, 0.0).view_as(weight)
 
     def set_scales(self, rows: Tensor, columns: Tensor) -> None:
         """Store scales (rows,) and (columns,) as eight-bit logarithms below the largest."""
@@ -159,7 +170,12 @@ class CodebookOperator(Operator):
         assert isinstance(values, Tensor)
         rows, columns = self.scales()
         rows = rows if index is None else rows[index]
-        return values.flatten(1)[:, : self.shape[1]] * columns * rows[:, None]
+        found = values.flatten(1)[:, : self.shape[1]] * columns * rows[:, None]
+        at, of = self.positions // self.shape[1], torch.arange(len(self.positions), device=found.device)
+        if index is not None:
+            at, of = (index[:, None] == at).nonzero().unbind(1)
+        found[at, self.positions[of] % self.shape[1]] = from_bits(self.exact)[of]
+        return found
 
 
 LATTICES = ((12,), (14,), (16,), (16, 8), (16, 12), (16, 16))
@@ -209,8 +225,9 @@ class CodebookForm:
         """The best iterate of codes chosen with feedback and entries refitted to them."""
         weight = weight.detach().float().cpu()
         operator = CodebookOperator((weight.shape[0], weight.shape[1]), setting)
-        operator.set_scales(*_even(weight))
-        scaled = Scaled.of(weight, metric, *operator.scales(), setting.length)
+        rest = operator.keep_exact(weight, metric)
+        operator.set_scales(*_even(rest))
+        scaled = Scaled.of(rest, metric, *operator.scales(), setting.length)
         best = float("inf")
         if setting.lattice:
             iterates = lattice_codes(scaled, setting.bits)
@@ -234,6 +251,11 @@ def _store(operator: CodebookOperator, codes: Tensor, book: Book) -> None:
     operator.entries = bits_of(book.entries)
     if book.projection is not None:
         operator.projection = bits_of(book.projection)
+
+
+def exact_entries(shape: Shape) -> int:
+    """How many entries of a weight are kept as they are."""
+    return min(shape[0] * shape[1], 4 + shape[0] * shape[1] // 2**15)
 
 
 def _parts(bits: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ STEPS = 12  # of conjugate gradients
 # The best step of E8 for a unit Gaussian, by the bits of a stage, and what such a stage leaves (root mean square).
 UNIT_STEPS = {8: 1.65, 12: 1.35, 14: 1.2, 16: 1.0}
 LEAVES = {8: 0.564, 12: 0.435, 14: 0.374, 16: 0.303}
-STRETCH = (1.0, 1.12, 1.3)  # of steps that are tried: weights have longer tails than a Gaussian
+STRETCH = (1.0, 0.9, 1.12)  # of steps that are tried
 
 
 @dataclass(frozen=True)
