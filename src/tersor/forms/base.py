@@ -106,6 +106,23 @@ class Operator(nn.Module):
         return convolution(x, self.dense(x.dtype))
 
 
+class RowOperator(Operator):
+    """An operator whose rows can be decoded alone, so that a look-up costs no more than it takes."""
+
+    def decode_rows(self, index: Tensor | None) -> Tensor:
+        """The rows at `index` (n,), or all of them, as (n, columns) in float32."""
+        raise TypeError(f"{type(self).__name__} does not say how its rows are decoded")
+
+    def decode(self) -> Tensor:
+        return self.decode_rows(None)
+
+    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._decoded is not None:
+            return super().take(index, dtype)
+        rows = self.decode_rows(index.reshape(-1))
+        return rows.reshape(*index.shape, self.shape[1]).to(dtype)
+
+
 class Form(Protocol):
     """A family of cheap operators. One file in `forms/`, one line in the registry.
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from tersor.errors import TersorError
 from tersor.forms import e8
-from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, fitted_candidate, from_bits
+from tersor.forms.base import Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.codebook_fit import Book, Scaled, lattice_codes, learned_codes
 from tersor.forms.packing import PLANES, pack, packed_width, unpack
 from tersor.metrics import Metric
@@ -60,7 +60,7 @@ class CodebookSetting:
         return f"{name} " + "+".join(map(str, self.bits))
 
 
-class CodebookOperator(Operator):
+class CodebookOperator(RowOperator):
     """Packed codes (rows, bytes), logarithms of scales, and either entries with their projection or steps."""
 
     setting: CodebookSetting
@@ -156,15 +156,7 @@ class CodebookOperator(Operator):
             entries = entries @ from_bits(self.projection)
         return list(entries.split([2**b for b in self.setting.bits]))
 
-    def decode(self) -> Tensor:
-        return self._decode_rows(None)
-
-    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        if self._decoded is not None:
-            return super().take(index, dtype)
-        return self._decode_rows(index.reshape(-1)).reshape(*index.shape, self.shape[1]).to(dtype)
-
-    def _decode_rows(self, index: Tensor | None) -> Tensor:
+    def decode_rows(self, index: Tensor | None) -> Tensor:
         stages = zip(self.numbers(index), self.books(), strict=True)
         values = sum(functional.embedding(numbers, book) for numbers, book in stages)
         assert isinstance(values, Tensor)

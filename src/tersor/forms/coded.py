@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tersor.coding import encode
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Cost, Operator, Shape, cost_of
+from tersor.forms.base import Candidate, Cost, RowOperator, Shape, cost_of
 from tersor.forms.lattice import Lattice
 from tersor.forms.packed import Packed, unpack_stream
 from tersor.metrics import Metric
@@ -65,7 +65,7 @@ class CodedSetting:
         return f"coded {self.step:.2g}"
 
 
-class CodedOperator(Operator):
+class CodedOperator(RowOperator):
     """A stream; decoded when first used into packed integers, escapes, and the logarithms of the steps."""
 
     setting: CodedSetting
@@ -115,14 +115,8 @@ class CodedOperator(Operator):
         super()._load_from_state_dict(*args, **kwargs)
         self._packed = self._source = None
 
-    def decode(self) -> Tensor:
-        return self.packed().rows(None)
-
-    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        if self._decoded is not None:
-            return super().take(index, dtype)
-        rows = self.packed().rows(index.reshape(-1))
-        return rows.reshape(*index.shape, self.shape[1]).to(dtype)
+    def decode_rows(self, index: Tensor | None) -> Tensor:
+        return self.packed().rows(index)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = max(1, BLOCK // self.shape[1])

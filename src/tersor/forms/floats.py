@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, fitted_candidate, from_bits
+from tersor.forms.base import Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import Levels, round_with_feedback
 from tersor.metrics import Metric
@@ -214,7 +214,7 @@ class Scales:
         return stored.view(torch.float8_e4m3fn).float() * self.whole
 
 
-class FloatOperator(Operator):
+class FloatOperator(RowOperator):
     """Packed codes (rows, bytes) in the format's own bits, a scale a group (rows, groups), at most two floats more."""
 
     setting: FloatSetting
@@ -243,16 +243,7 @@ class FloatOperator(Operator):
         if scales.whole is not None:
             self.whole = scales.whole.float().view(torch.int32)
 
-    def decode(self) -> Tensor:
-        return self._decode_rows(None)
-
-    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        if self._decoded is not None:
-            return super().take(index, dtype)
-        rows = self._decode_rows(index.reshape(-1))
-        return rows.reshape(*index.shape, self.shape[1]).to(dtype)
-
-    def _decode_rows(self, index: Tensor | None) -> Tensor:
+    def decode_rows(self, index: Tensor | None) -> Tensor:
         bits, size = self.setting.bits, self.setting.size(self.shape)
         packed, scale = (b if index is None else b[index] for b in (self.codes, self.scale))
         scale = self.scales.values(scale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, fitted_candidate, from_bits
+from tersor.forms.base import Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.metrics import Metric
@@ -73,7 +73,7 @@ class IntSetting:
         return whole if self.zeros == "whole" else zero.clamp(0, top)
 
 
-class IntOperator(Operator):
+class IntOperator(RowOperator):
     """Packed codes (rows, bytes); scales and zeros of groups, 16-bit floats or 8-bit codes of a range of the tensor."""
 
     setting: IntSetting
@@ -136,16 +136,7 @@ class IntOperator(Operator):
         fine: Tensor = (zero * (255 / (2**setting.bits - 1))).round().clamp(0, 255).to(torch.uint8)
         return fine
 
-    def decode(self) -> Tensor:
-        return self._decode_rows(None)
-
-    def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        if self._decoded is not None:
-            return super().take(index, dtype)
-        rows = self._decode_rows(index.reshape(-1))
-        return rows.reshape(*index.shape, self.shape[1]).to(dtype)
-
-    def _decode_rows(self, index: Tensor | None) -> Tensor:
+    def decode_rows(self, index: Tensor | None) -> Tensor:
         setting, columns = self.setting, self.shape[1]
         codes: Tensor = self._buffers["codes"]  # type: ignore[assignment]
         packed = codes if index is None else codes[index]
