@@ -3,8 +3,8 @@
     python bench/prediction.py MODEL [--candidates 72] [--run DIR]
 
 Every candidate is fitted once under the kronecker metric; each metric then predicts its divergence, and the model with
-that one weight replaced is measured on held-out data. `kronecker + gain` uses one integer probe a site, `by form` one a
-form besides.
+that one weight replaced is measured on held-out data. `kronecker + gain` uses one probe a site, of coded integers, `by
+form` one a form besides.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def single_sites(opened: Study, held: Reference, count: int, seed: int = 0) -> l
             )
             for kind in KINDS
         }
-        predicted["kronecker + gain"] = predicted["kronecker"] * opened.run.gain(site.name, "int")
+        predicted["kronecker + gain"] = predicted["kronecker"] * opened.run.gain(site.name, "coded")
         predicted["kronecker + gain by form"] = predicted["kronecker"] * opened.run.gain(site.name, form)
         rows.append(
             {"site": site.name, "form": form, "label": choice.label, "measured": measured, "predicted": predicted}

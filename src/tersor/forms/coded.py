@@ -33,7 +33,7 @@ SMOOTH = 1.0  # bits an entry above which a curve may be interpolated
 LARGE = 1 << 14  # entries of a weight whose curve may be interpolated
 SPARE = 1.002  # of an interpolated size, so that few fits come out larger
 COARSENINGS = 32  # steps tried before a promised size is given up
-PROBED = 3.0  # bits an entry of the probe
+PROBED = 2.5  # bits an entry of the probe: plans lie about there, and damage grows faster than its prediction
 BLOCK = 1 << 22  # entries that are decoded at a time where a product allows it
 
 
