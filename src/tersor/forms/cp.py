@@ -52,7 +52,7 @@ class CPForm(MultilinearForm):
 
     name = "cp"
     stores = "a vector a mode and term of a convolution"
-    wins = "not yet measured beside low rank"
+    wins = "not yet measured on convolutions beside the others"
 
     def settings(self, shape: Shape) -> Iterable[CPSetting]:
         """Ranks of which the factors have a twentieth, a tenth and more of the entries."""

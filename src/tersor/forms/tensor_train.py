@@ -47,7 +47,7 @@ class TensorTrainForm(MultilinearForm):
 
     name = "tt"
     stores = "the cores of a chain over factored rows and columns"
-    wins = "not yet measured beside low rank"
+    wins = "nowhere seen on trained linear layers: low rank does less damage"
 
     def settings(self, shape: Shape) -> Iterable[TensorTrainSetting]:
         """Three and four cores, the bond of which makes them take an eighth, a quarter and more of the entries."""

@@ -124,7 +124,7 @@ class TuckerForm(MultilinearForm):
 
     name = "tucker"
     stores = "a core and a factor a mode of a convolution"
-    wins = "not yet measured beside low rank"
+    wins = "not yet measured on convolutions beside the others"
 
     def settings(self, shape: Shape) -> Iterable[TuckerSetting]:
         """Shares of the entries a factor of about 1.6 apart, for the kernels that divide the columns, two at most."""
