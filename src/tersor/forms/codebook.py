@@ -9,7 +9,7 @@ on the distance of one weight).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -207,11 +207,10 @@ class CodebookForm:
         rows = metric.sampled_rows()
         if rows is not None:
             weight, metric = weight[rows[0]], metric.of_rows(*rows)
-        found = []
-        for setting in self.settings(shape) if settings is None else settings:
-            candidate = fitted_candidate(self, weight, metric, setting)[1]
-            found.append(Candidate(self.name, setting, cost_of(self, shape, setting), candidate.divergence))
-        return found
+        return [
+            replace(fitted_candidate(self, weight, metric, setting)[1], cost=cost_of(self, shape, setting))
+            for setting in (self.settings(shape) if settings is None else settings)
+        ]
 
     def fit(self, weight: Tensor, metric: Metric, setting: CodebookSetting) -> CodebookOperator:
         """The best iterate of codes chosen with feedback and entries refitted to them."""

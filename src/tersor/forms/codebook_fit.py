@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersor.forms import e8
+from tersor.forms.rounding import FREE_ROWS, TILE, spans
 from tersor.metrics import Metric
 
-TILE = 96
-FREE_ROWS = 256  # rows of a tile where they do not feel one another
 SAMPLE, LLOYD = 1 << 15, 12  # vectors and rounds of k-means
 STEPS = 12  # of conjugate gradients
 # The best step of E8 for a unit Gaussian, by the bits of a stage, and what such a stage leaves (root mean square).
@@ -159,10 +158,10 @@ def choose(scaled: Scaled, book: Book, offsets: Tensor) -> Tensor:
     roots, alone = scaled.column_pivots.clamp_min(0).sqrt(), torch.zeros(0, 0)
     error, spread = torch.zeros_like(weight), torch.zeros_like(weight)
     width = max(1, TILE // m) * m
-    for o in _spans(len(weight), FREE_ROWS if lower_o is None else TILE):
+    for o in spans(len(weight), FREE_ROWS if lower_o is None else TILE):
         inner_o = alone if lower_o is None else lower_o[o, o].contiguous()
         below = None if lower_o is None else lower_o[o.stop :, o].T @ spread[o.stop :]
-        for i in _spans(weight.shape[1], width):
+        for i in spans(weight.shape[1], width):
             inner_i, of = lower_i[i, i].contiguous(), slice(i.start // m, i.stop // m)
             later = error[o, i.stop :] @ lower_i[i.stop :, i]
             external = later if lower_o is None else inner_o.T @ later
@@ -177,11 +176,6 @@ def choose(scaled: Scaled, book: Book, offsets: Tensor) -> Tensor:
             if lower_o is not None:
                 spread[o, i] = later + error[o, i] @ inner_i
     return codes
-
-
-def _spans(length: int, tile: int) -> list[slice]:
-    """Spans of at most `tile`, from the last to the first."""
-    return [slice(max(0, stop - tile), stop) for stop in range(length, 0, -tile)]
 
 
 def refitted(scaled: Scaled, codes: Tensor, book: Book, offsets: Tensor) -> Book:

@@ -151,10 +151,10 @@ def _by_tiles(weight: Tensor, grid: Grid | Levels, lower_o: Tensor | None, lower
     lower_o = None if lower_o is None else lower_o.to(weight)
     rounded, error, spread = torch.empty_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)
     alone = torch.zeros(0, 0, dtype=weight.dtype)
-    for o in _spans(weight.shape[0], FREE_ROWS if lower_o is None else TILE):
+    for o in spans(weight.shape[0], FREE_ROWS if lower_o is None else TILE):
         inner_o = alone if lower_o is None else lower_o[o, o].contiguous()
         below = None if lower_o is None else lower_o[o.stop :, o].T @ spread[o.stop :]
-        for i in _spans(weight.shape[1], TILE):
+        for i in spans(weight.shape[1], TILE):
             inner_i = lower_i[i, i].contiguous()
             later = error[o, i.stop :] @ lower_i[i.stop :, i]
             target = weight[o, i] + (later if lower_o is None else inner_o.T @ later)
@@ -167,6 +167,6 @@ def _by_tiles(weight: Tensor, grid: Grid | Levels, lower_o: Tensor | None, lower
     return rounded
 
 
-def _spans(length: int, tile: int) -> list[slice]:
+def spans(length: int, tile: int) -> list[slice]:
     """Spans of at most `tile`, from the last to the first."""
     return [slice(max(0, stop - tile), stop) for stop in range(length, 0, -tile)]

@@ -99,8 +99,8 @@ def plan_run(run: Run, budget: str | None = None, *, forms: Sequence[str] | None
 
 
 def _plan_within(run: Run, limits: Limits, forms: Sequence[str] | None, name: str | None) -> Plan:
-    drawn_for = run.get("drawn_for")
-    if drawn_for is not None and not set(limits.of_bytes or ["time or FLOPs"]) <= set(drawn_for["resources"]):
+    drawn_for, limited = run.get("drawn_for"), limits.of_bytes
+    if drawn_for is not None and (limited is None or not set(limited) <= set(drawn_for["resources"])):
         raise TersorError(f"The study in {run.folder} drew what limits on other costs need; {_AGAIN}.")
     return _keep(run, planner_of(run, forms).plan(limits), name)
 
