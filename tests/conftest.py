@@ -22,6 +22,15 @@ DAMPING = {"inputs": 0.03, "gradients": 0.3, "frequencies": 0.3}
 QUICK: dict[str, Any] = {"forms": ("int",), "settings": LADDERS, "damping": DAMPING, "gains": False, "workers": 1}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="every fault and fifty kills, where a few are tried else")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--long"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)

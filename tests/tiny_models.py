@@ -35,6 +35,17 @@ def image_batches(count: int = 5, size: int = 6, labels: bool = False) -> list[A
     return [(x, torch.randint(0, 10, (size,), generator=generator)) for x in images]
 
 
+def small_net() -> nn.Module:
+    """Three linear layers, the same at every call."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+
+
+def vector_batches(count: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randn(16, 64, generator=generator) for _ in range(count)]
+
+
 VOCABULARY = 128
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

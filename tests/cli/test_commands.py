@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from tersor.cli import COMMANDS, app
+from tersor.cli.runs import CLEAN_EXAMPLE
+from tersor.run import Run
 
 
 def words_of(example: str) -> list[str]:
@@ -157,3 +160,22 @@ def test_factory_with_weights_and_images(tmp_path: Path, monkeypatch: pytest.Mon
     assert {s["name"] for s in found["judgement"]["scores"]} == {"agreement of top-1", "accuracy"}
     again = CliRunner().invoke(app, ["build", "small.run", "--budget", "60%", "--out", "larger"])
     assert again.exit_code == 0, again.stderr
+
+
+def test_runs_are_listed_and_removed(tersor: Callable[..., Any], demo: Path, tmp_path: Path) -> None:
+    (whole,) = (run for run in json.loads(tersor("runs", "demo", "--json").stdout) if run["plans"])
+    assert whole["state"] == "judged" and whole["model"] == "model" and whole["size"] > 10_000
+    assert "judged" in tersor("runs", "demo").stdout and "removed" in tersor(*words_of(CLEAN_EXAMPLE)).stdout
+    copied = tmp_path / "runs" / "one"
+    shutil.copytree(demo / whole["folder"], copied)
+    (tmp_path / "runs" / "two").mkdir()
+    (tmp_path / "runs" / "two" / "run.db").write_text("no database")
+    listed = json.loads(tersor("runs", str(tmp_path), "--json").stdout)
+    assert {Path(run["folder"]).name: run["state"] for run in listed} == {"one": "judged", "two": "damaged"}
+    assert tersor("runs", "clean", str(tmp_path)).exit_code == 1 and copied.exists()  # nobody answers
+    assert tersor("runs", "clean", str(tmp_path), "--unfinished", "--yes").exit_code == 0
+    assert copied.exists() and not (tmp_path / "runs" / "two").exists()
+    with Run(copied).alone():
+        assert json.loads(tersor("runs", "clean", str(tmp_path), "--yes", "--json").stdout) == []
+    assert len(json.loads(tersor("runs", "clean", str(tmp_path), "--yes", "--json").stdout)) == 1
+    assert not copied.exists() and tersor("runs", "nowhere").exit_code != 0

@@ -18,19 +18,11 @@ from tersor.errors import TersorError
 from tersor.forms import form_named
 from tersor.judge.costs import resident_bytes
 from tersor.steps import build_plan, compress, open_study, study
+from tiny_models import small_net
+from tiny_models import vector_batches as batches
 
 Images = Callable[..., list[Any]]
 Net = Callable[[], nn.Module]
-
-
-def small_net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
-
-
-def batches(count: int = 5) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    return [torch.randn(16, 64, generator=generator) for _ in range(count)]
 
 
 @pytest.fixture

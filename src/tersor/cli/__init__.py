@@ -23,6 +23,9 @@ from tersor.cli.plan import EXAMPLE as PLAN
 from tersor.cli.plan import plan
 from tersor.cli.report import EXAMPLE as REPORT
 from tersor.cli.report import report
+from tersor.cli.runs import CLEAN_EXAMPLE as CLEAN
+from tersor.cli.runs import EXAMPLE as RUNS
+from tersor.cli.runs import ListedByDefault, clean, runs
 from tersor.cli.show import EXAMPLE as SHOW
 from tersor.cli.show import show
 from tersor.cli.study import EXAMPLE as STUDY
@@ -47,6 +50,7 @@ def _epilog(example: str) -> str:
     return f"Example:\n\n{example}"
 
 
+settings = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="tersor",
     help="Make a trained network smaller within a budget, and say what that costs.",
@@ -55,10 +59,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=settings,
 )
 for command, example in COMMANDS:
-    app.command(epilog=_epilog(example), context_settings={"help_option_names": ["-h", "--help"]})(guarded(command))
+    app.command(epilog=_epilog(example), context_settings=settings)(guarded(command))
+folders = typer.Typer(cls=ListedByDefault, help="List run folders, or remove some.", context_settings=settings)
+for name, command, example in (("list", runs, RUNS), ("clean", clean, CLEAN)):
+    folders.command(name, epilog=_epilog(example), context_settings=settings)(guarded(command))
+app.add_typer(folders, name="runs", epilog=_epilog(f"{RUNS}\n\n{CLEAN}"))
 
 
 def main() -> None:

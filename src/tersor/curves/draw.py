@@ -233,7 +233,8 @@ def probe_gains(
 ) -> Iterator[str]:
     """Measure one probe a form at every site on held-back batches; measured over predicted is its gain there.
 
-    Half of the workers fit probes while half of the threads measure those before. `gain` is that of `int`, which forms
+    Half of the workers fit probes while half of the threads measure those before, so many for any number of workers:
+    sums depend on it. `gain` is that of `int`, which forms
     without a probe of their own borrow, or of the first form where that is not probed; 1 where nothing is seen. Yields
     the name of every site when its gains are stored.
     """
@@ -244,9 +245,9 @@ def probe_gains(
             if probes:
                 yield site, partial(_probe_arguments, run, model, site, probes)
 
-    fitting, measuring = workers or os.cpu_count() or 1, torch.get_num_threads()
+    fitting, measuring = workers or os.cpu_count() or 1, max(1, torch.get_num_threads() // 2)
     if fitting > 1:
-        fitting, measuring = max(2, fitting // 2), max(1, measuring // 2)
+        fitting = max(2, fitting // 2)
     for site, fits in map_units(fit_probes, units(), fitting, in_order=True):
         found = run.get(f"gain/{site.name}", {"by_form": {}})
         for name, (new, predicted) in fits.items():

@@ -6,6 +6,7 @@ that names them. Files are written under a temporary name and renamed when whole
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -162,6 +163,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        _remove_abandoned(folder)
         temporary.mkdir(parents=True)
         yield temporary
         files = [path for path in temporary.rglob("*") if path.is_file()]
@@ -173,6 +175,25 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         raise TersorError(f"{folder} could not be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders beside `folder` whose processes were killed."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not is_alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def copy_beside(source: Path, target: Path) -> None:

@@ -49,6 +49,15 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
+def age_text(seconds: float) -> str:
+    """How long ago something was: `3 days ago`, `just now`."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        count = int(seconds // length)
+        if count:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
 def estimate_text(
     estimate: Mapping[str, Any] | None, *, percent: bool = False, signed: bool = False, between: str = " "
 ) -> str:

@@ -16,6 +16,7 @@ from tersor.report.account import Account
 from tersor.report.front import Point
 from tersor.report.quantities import (
     PERCENTAGES,
+    age_text,
     bytes_text,
     count_text,
     estimate_text,
@@ -24,6 +25,7 @@ from tersor.report.quantities import (
     share_text,
     times_text,
 )
+from tersor.run.listing import Listed
 
 NAMES_SHOWN, SITES_SHOWN = 3, 10
 
@@ -247,6 +249,17 @@ def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:
     table.columns[0].no_wrap = True
     for f in forms:
         table.add_row(Text(f["name"] + (" *" if f["by_default"] else "")), Text(f["stores"]), Text(f["wins"]))
+    return table
+
+
+def runs_table(runs: Sequence[Listed], now: float) -> Table:
+    """Run folders, a line each, with their ages at `now`."""
+    table = _table(f"{len(runs)} run folders", "folder", "model", "state", "plans", "changed", "bytes", left=3)
+    for run in runs:
+        state = run.state if run.worker is None else f"{run.state}, {run.worker.lower()} at work"
+        _row(
+            table, str(run.folder), run.model, state, str(run.plans), age_text(now - run.changed), bytes_text(run.size)
+        )
     return table
 
 

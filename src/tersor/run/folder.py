@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
-from tersor.models.files import write_safetensors
+from tersor.models.files import is_alive, write_safetensors
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -55,8 +58,38 @@ class Run:
     def discard(self) -> None:
         """Close and remove a folder in which nothing was found yet."""
         self.close()
-        (self.folder / "run.db").unlink()
+        for name in ("run.db", "run.lock"):
+            (self.folder / name).unlink(missing_ok=True)
         self.folder.rmdir()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Work in the folder as the only one; raises TersorError where another process does.
+
+        A process that is killed lets go of the folder; what it left half-written is removed.
+        """
+        lock = FileLock(self.folder / "run.lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise TersorError(f"{self.worker() or 'Another process'} works in {self.folder}; wait for it.") from error
+        except OSError as error:
+            raise TersorError(f"{self.folder / 'run.lock'} could not be written: {error}.") from error
+        try:
+            for left in self.folder.rglob(".*.tmp"):
+                left.unlink(missing_ok=True)
+            self.put("worker", {"pid": os.getpid(), "host": socket.gethostname()})
+            yield
+        finally:
+            lock.release()
+        self.put("worker", None)
+
+    def worker(self) -> str | None:
+        """The process that works in the folder, None where there is none; one on this machine may have been killed."""
+        known = self.get("worker")
+        if known is None or (known["host"] == socket.gethostname() and not is_alive(known["pid"])):
+            return None
+        return f"Process {known['pid']} on {known['host']}"
 
     def get(self, name: str, default: Any = None) -> Any:
         rows = self._rows("SELECT value FROM facts WHERE name = ?", name)

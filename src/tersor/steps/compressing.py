@@ -34,20 +34,21 @@ def build_plan(
 ) -> Built:
     """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on."""
     start = time.perf_counter()
-    built = build(
-        opened.run,
-        opened.model,
-        opened.sites,
-        plan,
-        Path(out),
-        sequential=sequential,
-        workers=workers,
-        progress=lambda what, done, total: progress("build", what, done, total),
-    )
-    opened.run.put_plan(
-        plan.name, {**plan.as_json(), "fitted_divergence": built.plan.divergence, "out": Path(out).name}
-    )
-    add_seconds(opened.run, "build", start)
+    with opened.run.alone():
+        built = build(
+            opened.run,
+            opened.model,
+            opened.sites,
+            plan,
+            Path(out),
+            sequential=sequential,
+            workers=workers,
+            progress=lambda what, done, total: progress("build", what, done, total),
+        )
+        opened.run.put_plan(
+            plan.name, {**plan.as_json(), "fitted_divergence": built.plan.divergence, "out": Path(out).name}
+        )
+        add_seconds(opened.run, "build", start)
     return built
 
 

@@ -71,71 +71,80 @@ def study(
     calibration, fresh = read_data(data), not Path(run).exists()
     checked = None if check_data is None else read_data(check_data)
     opened = open_study(model, run, **options)
-    try:
-        sizes = (sequence_length, batch_size, seed)
-        batches = _batches(opened, calibration, samples, *sizes)
-        fit, check = _split(batches)
-        if checked is not None:
-            many = sum(int(opened.model.units(b).max()) + 1 for b in batches)
-            fit, check = batches, _batches(opened, checked, max(1, many // 2), *sizes)
-        fit, check = (list(opened.model.compact(part)) for part in (fit, check))
-    except TersorError:
-        if fresh:
-            opened.run.discard()
-        raise
-    opened.run.belongs_to({"calibration_data": fingerprint_of(batches), "metric": metric, "seed": seed})
-    opened.run.belongs_to({"check_data": "held back" if checked is None else fingerprint_of(check)})
-    opened.run.belongs_to({"settings": _ladders_key(settings)})
-    opened.run.put("source", opened.model.identity.source)
-    _observe(
-        opened, fit, check, unseen_data=checked is not None, gradients=metric != "input", seed=seed, progress=progress
-    )
-    if damping is not None:
-        opened.run.belongs_to({"damping": damping})
-    start = time.perf_counter()
-    settle_damping(
-        opened.run,
-        opened.model,
-        opened.sites,
-        metric,
-        lambda done, total: progress("damping", "chosen on held-back data", done, total),
-    )
-    add_seconds(opened.run, "damping", start)
-    start = time.perf_counter()
-    for number, name in enumerate(store_spectra(opened.run, opened.model, opened.sites), 1):
-        progress("limit", name, number, len(opened.sites))
-    add_seconds(opened.run, "limit", start)
-    with pool_of(workers):
+    with opened.run.alone():
+        try:
+            sizes = (sequence_length, batch_size, seed)
+            batches = _batches(opened, calibration, samples, *sizes)
+            fit, check = _split(batches)
+            if checked is not None:
+                many = sum(int(opened.model.units(b).max()) + 1 for b in batches)
+                fit, check = batches, _batches(opened, checked, max(1, many // 2), *sizes)
+            fit, check = (list(opened.model.compact(part)) for part in (fit, check))
+        except TersorError:
+            if fresh:
+                opened.run.discard()
+            raise
+        opened.run.belongs_to({"calibration_data": fingerprint_of(batches), "metric": metric, "seed": seed})
+        opened.run.belongs_to({"check_data": "held back" if checked is None else fingerprint_of(check)})
+        opened.run.belongs_to({"settings": _ladders_key(settings)})
+        opened.run.put("source", opened.model.identity.source)
+        _observe(
+            opened,
+            fit,
+            check,
+            unseen_data=checked is not None,
+            gradients=metric != "input",
+            seed=seed,
+            progress=progress,
+        )
+        if damping is not None:
+            opened.run.belongs_to({"damping": damping})
         start = time.perf_counter()
-        progress("draw", "curves of all sites", 0, len(opened.sites))
-        drawing = draw_all(opened.run, opened.model, opened.sites, forms, workers, settings, resources)
-        for number, name in enumerate(drawing, 1):
-            progress("draw", name, number, len(opened.sites))
-        add_seconds(opened.run, "draw", start)
-        if gains:
+        settle_damping(
+            opened.run,
+            opened.model,
+            opened.sites,
+            metric,
+            lambda done, total: progress("damping", "chosen on held-back data", done, total),
+        )
+        add_seconds(opened.run, "damping", start)
+        start = time.perf_counter()
+        for number, name in enumerate(store_spectra(opened.run, opened.model, opened.sites), 1):
+            progress("limit", name, number, len(opened.sites))
+        add_seconds(opened.run, "limit", start)
+        with pool_of(workers):
             start = time.perf_counter()
-            reference = Reference(opened.model, check)
-            progress("probe", "gains of all sites", 0, len(opened.sites))
-            gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
-            for number, name in enumerate(gained, 1):
-                progress("probe", name, number, len(opened.sites))
-            measure_interaction(
-                opened.run,
-                opened.model,
-                opened.sites,
-                opened.planner(),
-                reference,
-                workers,
-                lambda what, done, total: progress("probe plans", what, done, total),
+            progress("draw", "curves of all sites", 0, len(opened.sites))
+            drawing = draw_all(opened.run, opened.model, opened.sites, forms, workers, settings, resources)
+            for number, name in enumerate(drawing, 1):
+                progress("draw", name, number, len(opened.sites))
+            add_seconds(opened.run, "draw", start)
+            if gains:
+                start = time.perf_counter()
+                reference = Reference(opened.model, check)
+                progress("probe", "gains of all sites", 0, len(opened.sites))
+                gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
+                for number, name in enumerate(gained, 1):
+                    progress("probe", name, number, len(opened.sites))
+                measure_interaction(
+                    opened.run,
+                    opened.model,
+                    opened.sites,
+                    opened.planner(),
+                    reference,
+                    workers,
+                    lambda what, done, total: progress("probe plans", what, done, total),
+                )
+                add_seconds(opened.run, "probe", start)
+        if latency:
+            start = time.perf_counter()
+            sample = one_sample(opened.model, calibration, sequence_length, seed)
+            measure_latencies(
+                opened.run, opened.model, opened.sites, sample, lambda what, *at: progress("time", what, *at)
             )
-            add_seconds(opened.run, "probe", start)
-    if latency:
-        start = time.perf_counter()
-        sample = one_sample(opened.model, calibration, sequence_length, seed)
-        measure_latencies(opened.run, opened.model, opened.sites, sample, lambda what, *at: progress("time", what, *at))
-        add_seconds(opened.run, "time", start)
-    opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
-    progress("study", "done", 1, 1)
+            add_seconds(opened.run, "time", start)
+        opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
+        progress("study", "done", 1, 1)
     return opened
 
 
