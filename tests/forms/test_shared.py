@@ -43,7 +43,7 @@ def test_values_are_those_of_a_dense_solve(
     setting: SharedSetting, kind: str, make_metric: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tersor.forms.shared.STEPS", 2000)
-    monkeypatch.setattr("tersor.forms.shared.ENOUGH", 1e-28)
+    monkeypatch.setattr("tersor.forms.conjugate.ENOUGH", 1e-28)
     metric = make_metric(*SHAPE, kind).damped(0.1, 0.1)
     weight, tie = torch.randn(SHAPE, dtype=torch.float64), tie_of(SHAPE, setting)
     rows, columns = (s.moment.diag() if s.is_diagonal else s.moment for s in (metric.rows, metric.columns))

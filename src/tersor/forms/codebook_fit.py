@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersor.forms import e8
+from tersor.forms.conjugate import conjugate_gradients
 from tersor.forms.rounding import FREE_ROWS, TILE, spans
 from tersor.metrics import Metric
 
@@ -194,18 +195,8 @@ def refitted(scaled: Scaled, codes: Tensor, book: Book, offsets: Tensor) -> Book
             found.index_add_(0, (codes[..., stage] + offsets[stage]).flatten(), vectors)
         return found
 
-    entries = book.entries.clone()
-    left = gather(scaled.felt(scaled.weight - expand(entries)))
-    along, size = left, left.double().square().sum()
-    for _ in range(STEPS):
-        if size <= 0:
-            break
-        bent = gather(scaled.felt(expand(along)))
-        step = float(size / (along.double() * bent.double()).sum().clamp_min(1e-300))
-        entries = entries + step * along
-        left = left - step * bent
-        before, size = size, left.double().square().sum()
-        along = left + float(size / before) * along
+    residual = gather(scaled.felt(scaled.weight - expand(book.entries)))
+    entries = conjugate_gradients(book.entries, residual, lambda e: gather(scaled.felt(expand(e))), STEPS)
     return replace(book, entries=entries)
 
 

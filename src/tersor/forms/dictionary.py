@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, from_bits
+from tersor.forms.conjugate import conjugate_gradients
 from tersor.forms.integers import IntForm, IntOperator, IntSetting
 from tersor.forms.lowrank import factorise
 from tersor.forms.packing import pack, packed_width, unpack
@@ -393,19 +394,12 @@ def refitted_values(problem: Problem, atoms: Tensor, code: Code) -> Code:
         return problem.coupling.apply(error).gather(1, code.index)
 
     error = problem.signals - code.dense(len(atoms)) @ atoms
-    precision = 1 / torch.outer(problem.coupling.diagonal.float(), gram.diagonal()).gather(1, code.index).clamp_min(
-        1e-20
+    curvature = torch.outer(problem.coupling.diagonal.float(), gram.diagonal()).gather(1, code.index).clamp_min(1e-20)
+    values = conjugate_gradients(
+        values,
+        felt(error @ atoms.T),
+        lambda change: felt(Code(code.index, change).dense(len(atoms)) @ gram),
+        STEPS,
+        curvature,
     )
-    residual = felt(error @ atoms.T)
-    direction = precision * residual
-    size = float((residual * direction).sum())
-    for _ in range(STEPS):
-        if size <= 0:
-            break
-        moved = felt(Code(code.index, direction).dense(len(atoms)) @ gram)
-        step = size / max(float((direction * moved).sum()), 1e-30)
-        values, residual = values + step * direction, residual - step * moved
-        turned = precision * residual
-        size, last = float((residual * turned).sum()), size
-        direction = turned + (size / last) * direction
     return Code(code.index, values)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, fitted_candidate
+from tersor.forms.conjugate import conjugate_gradients
 from tersor.forms.integers import IntForm, IntOperator, IntSetting
 from tersor.forms.products import HalfOperator
 from tersor.metrics import Metric, Side
 
 WORD = 0xFFFFFFFF
 STEPS = 12  # of conjugate gradients
-ENOUGH = 1e-12  # share of the first squared residual at which they end
 
 
 @dataclass(frozen=True)
@@ -200,18 +200,7 @@ def least_squares(weight: Tensor, metric: Metric, tie: Tie) -> Tensor:
         return tie.gathered(rows.apply(columns.felt(error)))
 
     residual = felt(weight - tie.spread(array))
-    direction = residual / weights.clamp_min(1e-30)
-    size = first = float((residual * direction).sum(dtype=torch.float64))
-    for _ in range(STEPS):
-        if size <= ENOUGH * first:
-            break
-        moved = felt(tie.spread(direction))
-        step = size / max(float((direction * moved).sum(dtype=torch.float64)), 1e-30)
-        array, residual = array + step * direction, residual - step * moved
-        turned = residual / weights.clamp_min(1e-30)
-        size, last = float((residual * turned).sum(dtype=torch.float64)), size
-        direction = turned + (size / last) * direction
-    return array
+    return conjugate_gradients(array, residual, lambda a: felt(tie.spread(a)), STEPS, weights.clamp_min(1e-30))
 
 
 class SharedForm:

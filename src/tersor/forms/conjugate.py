@@ -1,0 +1,42 @@
+"""Least squares by conjugate gradients: the values that codes, supports and ties leave free, fitted under a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ENOUGH = 1e-12  # share of the first squared residual at which steps end
+
+
+def conjugate_gradients(
+    values: Tensor,
+    residual: Tensor,
+    felt: Callable[[Tensor], Tensor],
+    steps: int,
+    curvature: Tensor | float = 1.0,
+    *,
+    by_rows: bool = False,
+) -> Tensor:
+    """`values` after some steps towards the solution of `felt(values) = target`, whose `residual` is given.
+
+    `felt` is linear, symmetric and not negative; `curvature` is its diagonal or what stands for it, of the shape of the
+    values. With `by_rows` no row is felt by another, and each takes steps of its own length.
+    """
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(*((1, True) if by_rows else ()), dtype=torch.float64)
+
+    direction = scaled = residual / curvature
+    size = first = dot(residual, scaled)
+    for _ in range(steps):
+        if not bool((size > ENOUGH * first).any()):
+            break
+        image = felt(direction)
+        step = (size / dot(direction, image).clamp_min(1e-300)).to(values.dtype)
+        values, residual = values + step * direction, residual - step * image
+        scaled = residual / curvature
+        before, size = size, dot(residual, scaled)
+        direction = scaled + (size / before.clamp_min(1e-300)).to(values.dtype) * direction
+    return values

@@ -1,0 +1,29 @@
+"""Conjugate gradients reach the solution in as many steps as there are unknowns, whole or row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import spd
+from tersor.forms.conjugate import conjugate_gradients
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_as_many_steps_as_unknowns_solve_it(by_rows: bool) -> None:
+    moment, target = spd(12, spread=0.5), torch.randn(3, 12, dtype=torch.float64)
+    start = torch.randn(3, 12, dtype=torch.float64)
+
+    def felt(x: torch.Tensor) -> torch.Tensor:
+        return x @ moment
+
+    curvature = moment.diagonal().expand(3, 12)
+    found = conjugate_gradients(start, target - felt(start), felt, 40, curvature, by_rows=by_rows)
+    assert torch.allclose(found, torch.linalg.solve(moment, target.T).T, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(start, found)
+
+
+def test_the_solution_stays() -> None:
+    moment = spd(5)
+    solution = torch.randn(2, 5, dtype=torch.float64)
+    assert torch.equal(conjugate_gradients(solution, torch.zeros(2, 5), lambda x: x @ moment, 9), solution)
