@@ -64,8 +64,8 @@ app = typer.Typer(
 for command, example in COMMANDS:
     app.command(epilog=_epilog(example), context_settings=settings)(guarded(command))
 folders = typer.Typer(cls=ListedByDefault, help="List run folders, or remove some.", context_settings=settings)
-for name, command, example in (("list", runs, RUNS), ("clean", clean, CLEAN)):
-    folders.command(name, epilog=_epilog(example), context_settings=settings)(guarded(command))
+folders.command("list", epilog=_epilog(RUNS), context_settings=settings)(guarded(runs))
+folders.command("clean", epilog=_epilog(CLEAN), context_settings=settings)(guarded(clean))
 app.add_typer(folders, name="runs", epilog=_epilog(f"{RUNS}\n\n{CLEAN}"))
 
 
