@@ -25,7 +25,7 @@ def settings_of(peer: str, model: str) -> Settings:
 def label_of(setting: dict[str, Any]) -> str:
     """A setting as it is printed: `gptq int4 g32 asymmetric`."""
     known = dict(setting)
-    parts = [str(known.pop(key)) for key in ("method", "mode") if key in known]
+    parts = [str(known.pop(key)) for key in ("method", "mode", "factorization") if key in known]
     if "bits" in known:
         parts.append(f"int{known.pop('bits')}")
     if "effective_bits" in known:
@@ -74,11 +74,13 @@ _TEXT: dict[str, Callable[[tuple[int, ...]], Settings]] = {
     "modelopt": _modelopt,
     "nncf": _nncf,
     "quanto": lambda groups: [{"bits": bits} for bits in (8, 4, 2)],
+    "tensorly-torch": lambda groups: [{"factorization": "cp", "rank": rank} for rank in (0.5, 0.25)],
     "torchao": lambda groups: [{"bits": 8}, *_grid((4,), groups)],
 }
 _IMAGES: dict[str, Settings] = {
     "modelopt": [{"formats": [8, 4, 3, 2], "effective_bits": bits} for bits in (8.0, 6.0, 4.0, 3.0, 2.5)],
     "nncf": [{"mode": "int8_asym"}, {"mode": "int4_asym", "ratio": 1.0, "group": 32}],
     "quanto": [{"bits": bits} for bits in (8, 4, 2)],
+    "tensorly-torch": [{"factorization": kind, "rank": rank} for kind in ("tucker", "cp") for rank in (0.5, 0.25)],
     "torchao": [{"bits": 8}],
 }
