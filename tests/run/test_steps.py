@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from tersor import engine
 from tersor.build import fits
 from tersor.curves import draw
-from tersor.engine import local
 from tersor.errors import TersorError
 from tersor.forms import form_named
 from tersor.judge.costs import resident_bytes
@@ -220,7 +220,7 @@ def test_a_coded_weight_has_a_probe_of_its_own(quick: dict[str, Any], tmp_path: 
 
 
 def test_workers_of_the_engine_agree(quick: dict[str, Any], tmp_path: Path) -> None:
-    assert local.map_units is draw.map_units
+    assert engine.map_units is draw.map_units
     runs = [study(small_net(), batches(), tmp_path / str(n), **{**quick, "workers": n}) for n in (1, 2)]
     for site in runs[0].sites:
         assert list(runs[0].run.candidates(site.name)) == list(runs[1].run.candidates(site.name))

@@ -26,6 +26,9 @@ def build(
     flops_budget: o.FlopsBudget = None,
     latency_budget: o.LatencyBudget = None,
     forms: o.Forms = None,
+    workers: o.Workers = None,
+    engine: o.Engine = "local",
+    ray_address: o.RayAddress = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -46,7 +49,8 @@ def build(
             made = steps.plan_run(opened, budget, forms=o.names_of(forms), **limits)
         else:
             made = steps.plan_named(opened, plan)
-        steps.build_plan(steps.reopen(run, device), made, out, progress=progress)
+        cluster = {"workers": workers, "engine": engine, "ray_address": ray_address}
+        steps.build_plan(steps.reopen(run, device), made, out, progress=progress, **o.given(**cluster))
     from tersor.report.account import account_of_artifact
     from tersor.report.tables import account_tables
 

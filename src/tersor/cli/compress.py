@@ -52,6 +52,8 @@ def compress(
     batch_size: o.BatchSize = 16,
     seed: o.Seed = 0,
     workers: o.Workers = None,
+    engine: o.Engine = "local",
+    ray_address: o.RayAddress = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -79,6 +81,8 @@ def compress(
             samples=samples,
             sequential=sequential or None,
             workers=workers,
+            engine=engine,
+            ray_address=ray_address,
         )
         given |= {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, "device": device}
         if method is None:

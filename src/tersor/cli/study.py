@@ -30,6 +30,8 @@ def study(
     seed: o.Seed = 0,
     latency: Annotated[bool, typer.Option("--latency", help="Time every site, for budgets of time.")] = False,
     workers: o.Workers = None,
+    engine: o.Engine = "local",
+    ray_address: o.RayAddress = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -52,6 +54,8 @@ def study(
             samples=samples,
             latency=latency or None,
             workers=workers,
+            engine=engine,
+            ray_address=ray_address,
         )
         given |= {"sequence_length": sequence_length, "batch_size": batch_size, "seed": seed, "device": device}
         done = steps.study(model, data, run, progress=progress, **given)

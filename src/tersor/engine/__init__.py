@@ -1,5 +1,5 @@
-"""Running units of work: here, or in processes of this machine."""
+"""Running units of work: here, in processes of this machine, or on a Ray cluster."""
 
-from tersor.engine.local import map_units, pool_of, threads
+from tersor.engine.units import ENGINES, map_units, pool_of, threads
 
-__all__ = ["map_units", "pool_of", "threads"]
+__all__ = ["ENGINES", "map_units", "pool_of", "threads"]

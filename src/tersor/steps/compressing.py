@@ -30,11 +30,13 @@ def build_plan(
     *,
     sequential: Sequence[Batch] | None = None,
     workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     progress: Progress = silent,
 ) -> Built:
     """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on."""
     start = time.perf_counter()
-    with opened.run.alone():
+    with opened.run.alone(), pool_of(workers, engine, ray_address):
         built = build(
             opened.run,
             opened.model,
@@ -109,7 +111,7 @@ def compress(
     if forms is None and choose is None:
         options.setdefault("resources", asked_for.of_bytes)
     workers = options.get("workers")
-    with pool_of(workers):
+    with pool_of(workers, options.get("engine", "local"), options.get("ray_address")):
         opened = study(model, data, folder, forms=drawn, progress=progress, **options)
         limits = opened.limits(budget, **asked)
         progress("plan", "", 0, 0)

@@ -51,6 +51,8 @@ def study(
     latency: bool = False,
     resources: Sequence[str] | None = None,
     workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Study:
@@ -61,7 +63,8 @@ def study(
     in five, held back. `settings` replaces the ladder of a form, by its name, with settings as plain values. With
     `latency` every site is timed in every form on this machine, for budgets of time. With `resources`, of `stored` and
     `resident`, forms that no plan under limits on these would use are found on a few sites, and drawn there alone.
-    Raises TersorError for bad input.
+    `workers` processes fit curves and probes, or as many cores of a Ray cluster with the engine `ray`. Raises TersorError
+    for bad input.
     """
     if metric not in KINDS:
         raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
@@ -112,7 +115,7 @@ def study(
         for number, name in enumerate(store_spectra(opened.run, opened.model, opened.sites), 1):
             progress("limit", name, number, len(opened.sites))
         add_seconds(opened.run, "limit", start)
-        with pool_of(workers):
+        with pool_of(workers, engine, ray_address):
             start = time.perf_counter()
             progress("draw", "curves of all sites", 0, len(opened.sites))
             drawing = draw_all(opened.run, opened.model, opened.sites, forms, workers, settings, resources)
