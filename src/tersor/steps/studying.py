@@ -63,8 +63,8 @@ def study(
     in five, held back. `settings` replaces the ladder of a form, by its name, with settings as plain values. With
     `latency` every site is timed in every form on this machine, for budgets of time. With `resources`, of `stored` and
     `resident`, forms that no plan under limits on these would use are found on a few sites, and drawn there alone.
-    `workers` processes fit curves and probes, or as many cores of a Ray cluster with the engine `ray`. Raises TersorError
-    for bad input.
+    `workers` processes fit curves and probes, or as many cores of a Ray cluster with the engine `ray`. Raises
+    TersorError for bad input.
     """
     if metric not in KINDS:
         raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
