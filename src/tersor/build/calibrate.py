@@ -30,7 +30,7 @@ HELD_BYTES = 2**30  # of inputs kept at once; what is beyond takes another pass 
 SHARES = tuple(2.0 ** (-k / 4) for k in range(17))  # of the largest input, where a scale of the whole tensor clips
 NEAR = 2  # shares to either side that are tried with a dither
 AMPLITUDES = (0.25, 0.5, 1.0)  # of a dither, in steps of the integers
-SURE = 2.0  # standard errors by which a choice must be better
+SURE = 2.0  # standard errors of a difference
 Layer = ApproximateLinear | ApproximateConvolution
 Damage = Callable[[InputRounding, Tensor], Tensor]
 
@@ -122,12 +122,12 @@ def captured(model: Model, layers: dict[str, Any], batches: Sequence[Batch]) -> 
 
 
 def fit_rounding(
-    layer: Layer, inputs: Tensor, asked: Activations, gradients: Side, scale: float
+    layer: Layer, inputs: Tensor, asked: Activations, gradients: Side, scale: float, sure: float = SURE
 ) -> tuple[InputRounding, float, dict[str, float]]:
     """The rounding of a layer that does the least damage of what was asked for: it, its damage, that of every way.
 
-    `gradients` and `scale` are those of `Summary.output_metric`, so damage is in nats. Of a shift or a dither that does
-    not help for sure nothing is kept.
+    `gradients` and `scale` are those of `Summary.output_metric`, so damage is in nats. A shift or a dither is kept where
+    it is better by more than `sure` standard errors of the difference.
     """
     fit, test = inputs[0::2], inputs[1::2] if len(inputs) > 1 else inputs
     gradients = Side(gradients.moment.to(inputs.device))
@@ -148,7 +148,7 @@ def fit_rounding(
         other = _fitted(layer, fit, with_it, damage)
         found = damage(other, test)
         tests[way] = float(found.mean())
-        if _surely_less(found, least):
+        if _is_less(found, least, sure):
             best, least = other, found
     return best, float(least.mean()), tests
 
@@ -208,10 +208,10 @@ def _shift(inputs: Tensor, spatial: int) -> Tensor:
     return torch.where(channels > 0, exponent, 0).to(torch.int8)
 
 
-def _surely_less(found: Tensor, before: Tensor) -> bool:
-    """Whether a mean is below another one by more than `SURE` standard errors of their paired difference."""
+def _is_less(found: Tensor, before: Tensor, sure: float) -> bool:
+    """Whether a mean is below another one by more than `sure` standard errors of their paired difference."""
     gap = (found - before).double()
-    return bool(gap.mean() < -SURE * gap.std(correction=0) / math.sqrt(len(gap)))
+    return bool(gap.mean() < -sure * gap.std(correction=0).clamp_min(1e-300) / math.sqrt(len(gap)))
 
 
 def _evenly(rows: Tensor, many: int) -> Tensor:
