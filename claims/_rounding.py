@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from _shared import Subject
 
+from _shared import Subject
 from tersor.build.activations import Activations
 from tersor.build.calibrate import SURE, captured, fit_rounding, layers_of
 from tersor.build.layers import install
@@ -95,6 +95,6 @@ def heading(claim: str, rounder: Rounder) -> None:
     subject, unit = rounder.subject, rounder.subject.original.divergence.unit
     print(f"\n{claim}\n{subject.name}, {len(rounder.layers)} layers, divergence in {unit}\n")
     print(
-        f"{'null':20} {'method':26} {'kept':7} {'predicted':9} {'method':>9} {'ratio':>5}  {'measured':9} {'method':>9} "
-        f"{'ratio':>5}  difference [95 %]"
+        f"{'null':20} {'method':26} {'kept':7} {'predicted':9} {'method':>9} {'ratio':>5}  "
+        f"{'measured':9} {'method':>9} {'ratio':>5}  difference [95 %]"
     )

@@ -1,8 +1,8 @@
 """P448 NoisyQuant: Noisy Bias-Enhanced Post-Training Activation Quantization for Vision Transformers.
 
-Claim: a fixed uniform noise, added to the inputs of a layer before they are rounded and taken away behind it, lessens the
-error of heavy-tailed inputs, those of GELU and SiLU. Null: the same integers, a scale a tensor searched in the same way,
-without noise. Inputs of down projections alone are rounded, weights are whole; amplitude and scale are found on
+Claim: a fixed uniform noise, added to the inputs of a layer before they are rounded and taken away behind it, lessens
+the error of heavy-tailed inputs, those of GELU and SiLU. Null: the same integers, a scale a tensor searched in the same
+way, without noise. Inputs of down projections alone are rounded, weights are whole; amplitude and scale are found on
 calibration data. Beside the claim stands the noise where half of these data showed that it helps.
 """
 

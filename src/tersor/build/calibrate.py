@@ -126,8 +126,8 @@ def fit_rounding(
 ) -> tuple[InputRounding, float, dict[str, float]]:
     """The rounding of a layer that does the least damage of what was asked for: it, its damage, that of every way.
 
-    `gradients` and `scale` are those of `Summary.output_metric`, so damage is in nats. A shift or a dither is kept where
-    it is better by more than `sure` standard errors of the difference.
+    `gradients` and `scale` are those of `Summary.output_metric`, so damage is in nats. A shift or a dither is kept
+    where it is better by more than `sure` standard errors of the difference.
     """
     fit, test = inputs[0::2], inputs[1::2] if len(inputs) > 1 else inputs
     gradients = Side(gradients.moment.to(inputs.device))
