@@ -125,6 +125,24 @@ def test_sites_alone_go_into_the_ledger(demo: Path, tersor: Callable[..., Any]) 
     assert rows == {"*", *(c["site"] for c in plan["choices"] if c["form"] != "untouched")}
 
 
+def test_rounded_inputs_are_built_measured_and_shown(demo: Path, tersor: Callable[..., Any]) -> None:
+    options = ("--activations", "int4,tensor,shift,dither", "--data", "demo/calibration.txt", "--sequence-length", "32")
+    built = tersor("build", "demo/small.run", "--budget", "16%", "--out", "demo/rounded", *options, "--json")
+    assert built.exit_code == 0, built.stderr
+    found = json.loads(built.stdout)
+    size = (demo / "demo/rounded/model.safetensors").stat().st_size
+    assert size == found["stored_bytes"] <= 0.16 * found["original_bytes"]
+    layers = found["activations"]["layers"]
+    assert found["plan"]["name"] == "16%,activations=int4,tensor,shift,dither"
+    arguments = ("--model", "demo/model", "--data", "demo/held-out.txt", "--sites", "--json")
+    measured = json.loads(tersor("judge", "demo/rounded", *arguments).stdout)["sites"]
+    alone = {s["site"]: s["predicted"] for s in measured}
+    assert all(alone[f"{place} (inputs)"] == values["divergence"] for place, values in layers.items())
+    assert f"Inputs of {len(layers)} layers rounded (int4,tensor,shift,dither" in tersor("show", "demo/rounded").stdout
+    lacking = tersor("build", "demo/small.run", "--budget", "16%", "--out", "demo/no", "--activations", "int8")
+    assert lacking.exit_code == 1 and "--activations and --data go together" in lacking.stderr
+
+
 def test_show_tells_bytes_damage_and_what_was_left(tersor: Callable[..., Any]) -> None:
     for what in ("demo/small", "demo/small.run"):
         shown = tersor("show", what).stdout

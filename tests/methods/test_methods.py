@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tersor.build.artifact import read_record
 from tersor.errors import TersorError, UnreachableBudget
 from tersor.forms import form_named
 from tersor.methods import ALLOCATIONS, METHODS, Method, method_named, read_methods, run_method
@@ -126,6 +127,8 @@ def test_an_unknown_method_offers_the_nearest_name(tmp_path: Path) -> None:
 def test_what_a_method_decides_cannot_be_given(tmp_path: Path) -> None:
     with pytest.raises(TersorError, match="'rtn' decides its metric itself"):
         run("rtn", tmp_path / "out", "20%", metric="kronecker")
+    with pytest.raises(TersorError, match="'noisyquant' decides its activations itself"):
+        run("noisyquant", tmp_path / "out", "40%", activations="int8")
 
 
 def test_a_run_folder_of_another_ladder_is_refused(tmp_path: Path) -> None:
@@ -154,6 +157,14 @@ def test_a_bad_row_is_one_clear_sentence(change: tuple[str, str], message: str) 
     with pytest.raises(TersorError, match=message) as caught:
         read_methods(ROW.replace(*change))
     assert "\n" not in str(caught.value).split("not valid")[0]
+
+
+def test_a_method_may_round_activations_too(tmp_path: Path) -> None:
+    run("noisyquant", tmp_path / "out", "40%")
+    record = read_record(tmp_path / "out")["activations"]
+    assert record["asked"] == "int6,tensor,dither" and set(record["layers"]) == {"first", "second", "last"}
+    with pytest.raises(TersorError, match="'int9' is no format"):
+        replace(METHODS["noisyquant"], activations="int9")
 
 
 def test_two_methods_of_one_name_are_refused() -> None:

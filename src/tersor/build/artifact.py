@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tersor.build.layers import install
+from tersor.build.activations import Activations
+from tersor.build.calibrate import Rounded
+from tersor.build.layers import ApproximateLayer, install
 from tersor.build.layout import distinct_state
 from tersor.errors import TersorError
 from tersor.forms import Form, form_named, setting_of, settings_of
@@ -51,12 +53,17 @@ def write_artifact(
     dtypes: Mapping[str, torch.dtype],
     config: dict[str, Any] | None,
     record: dict[str, Any],
+    rounded: Sequence[Rounded] = (),
 ) -> int:
     """Write a built module with what is needed to load it; returns the bytes of the weights file."""
     tensors = {k: v.to(dtypes.get(k, v.dtype)) for k, v in distinct_state(module).items()}
     write_safetensors(out / WEIGHTS, tensors)
     places = {site.name: [list(place) for place in site.places] for site in sites}
-    layout = {c.site: {"form": c.form, "setting": c.setting, "places": places[c.site]} for c in choices}
+    layout: dict[str, dict[str, Any]] = {
+        c.site: {"form": c.form, "setting": c.setting, "places": places[c.site]} for c in choices
+    }
+    for r in rounded:
+        layout[r.site].setdefault("activations", {})[r.place] = asdict(r.setting)
     if config is not None:
         quantization = {"quant_method": "tersor", "version": VERSION, "sites": layout}
         write_text(out / "config.json", json.dumps({**config, "quantization_config": quantization}, indent=2))
@@ -96,11 +103,25 @@ def install_empty(module: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> 
         if name not in found:
             raise TersorError(f"The artifact has a site {name!r} that the model lacks; it was made from another model.")
         site, form = found[name], form_named(value["form"])
+        device = site.parameter(module).device
         settings = _settings(name, site, form, value["setting"])
         site = replace(site, places=tuple((m, p) for m, p in value["places"]))  # tied weights may be tied only later
-        with site.parameter(module).device:
+        with device:
             operators = [form.empty(site.shape, setting) for setting in settings]
-        install(module, site, operators)
+            install(module, site, operators)
+            for place, values in value.get("activations", {}).items():
+                _round_inputs(module, place, values)
+
+
+def _round_inputs(module: nn.Module, place: str, values: Mapping[str, Any]) -> None:
+    """Give a layer a rounding of its inputs without data."""
+    layer = module.get_submodule(place)
+    try:
+        if not isinstance(layer, ApproximateLayer):
+            raise TersorError("it is no layer that was replaced.")
+        layer.rounding = layer.rounding_for(Activations.from_json(values))
+    except TersorError as error:
+        raise TersorError(f"The inputs of {place} cannot be rounded as the artifact has it: {error}") from error
 
 
 def _settings(name: str, site: Site, form: Form, values: Mapping[str, Any]) -> list[Any]:

@@ -7,16 +7,18 @@ picks the same candidate, or a build that was killed, does not fit it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tersor.build.activations import Activations
 from tersor.build.artifact import RECORD, stored_dtypes, write_artifact
+from tersor.build.calibrate import Rounded, round_inputs
 from tersor.build.fits import Fit, fit_choice, fits_of, load_fit
 from tersor.build.layers import install
-from tersor.build.layout import Layout
+from tersor.build.layout import Entry, Layout
 from tersor.curves.draw import site_metrics
 from tersor.curves.limit import Limit
 from tersor.errors import TersorError
@@ -49,15 +51,20 @@ def build(
     out: Path,
     *,
     sequential: Sequence[Batch] | None = None,
+    activations: Activations | None = None,
+    calibration: Sequence[Batch] = (),
     workers: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
     """Fit and write `plan` to the folder `out`; the model is changed in place and is the built one afterwards.
 
     `sequential` are calibration batches: the inputs of every block of sites are observed anew as the built prefix
-    really produces them. Raises TersorError where `out` exists and is no artifact, or cannot be written.
+    really produces them. With `activations` the inputs of the built layers are rounded, as is best for those that the
+    batches of `calibration` bring. Raises TersorError where `out` exists and is no artifact, or cannot be written.
     """
     check_target(out)
+    if activations is not None and not calibration:
+        raise TersorError("To round activations, give calibration data: their inputs are measured on them.")
     chosen = {c.site: c for c in plan.choices if c.form != UNTOUCHED}
     targets = [s for s in sites if s.name in chosen]
     dtypes = stored_dtypes(model.module, getattr(model, "checkpoint", None))
@@ -68,19 +75,23 @@ def build(
         fits = {site.name: load_fit(run, site, chosen[site.name]) for site in targets}
     else:
         fits = _fit_in_order(run, model, targets, chosen, sequential, progress)
-    plan = _as_fitted(run, plan, fits)
-    built = [c for c in plan.choices if c.form != UNTOUCHED]
-    stored = layout.file_bytes(built)
-    plan = replace(plan, stored=stored, resident=stored + sum(c.resident - c.stored for c in built))
     for site in targets:
         install(model.module, site, [op.to(model.device) for op in fits[site.name].operators])
+    rounded: list[Rounded] = []
+    if activations is not None:
+        rounded = round_inputs(run, model, targets, activations, calibration, progress)
+    plan = _as_built(run, plan, fits, rounded)
+    built = [c for c in plan.choices if c.form != UNTOUCHED]
+    stored = layout.file_bytes(built, _tensors_of(model, rounded))
+    plan = replace(plan, stored=stored, resident=stored + sum(c.resident - c.stored for c in built))
     folder = getattr(model, "folder", None)
     with staged(out, last=RECORD) as target:
         if folder is not None:
             copy_beside(folder, target)
-        size = write_artifact(
-            target, model.module, sites, built, dtypes, _config(model), _record(run, model, layout, plan)
-        )
+        record = _record(run, model, layout, plan)
+        if activations is not None:
+            record["activations"] = {"asked": activations.label, "layers": {r.place: asdict(r) for r in rounded}}
+        size = write_artifact(target, model.module, sites, built, dtypes, _config(model), record, rounded)
         if size != plan.stored:
             raise TersorError(
                 f"{out} takes {size} bytes, but {plan.stored} were predicted; please report this as a bug."
@@ -88,8 +99,14 @@ def build(
     return Built(plan, size)
 
 
-def _as_fitted(run: Run, plan: Plan, fits: Mapping[str, Fit]) -> Plan:
-    """The plan with the divergences of its choices as they were fitted."""
+def _tensors_of(model: Model, rounded: Sequence[Rounded]) -> list[Entry]:
+    """What the roundings of layers keep in the file."""
+    roundings = {f"{r.place}.rounding": model.module.get_submodule(f"{r.place}.rounding") for r in rounded}
+    return [(f"{name}.{n}", tuple(b.shape), b.dtype) for name, r in roundings.items() for n, b in r.named_buffers()]
+
+
+def _as_built(run: Run, plan: Plan, fits: Mapping[str, Fit], rounded: Sequence[Rounded]) -> Plan:
+    """The plan with the divergences of its choices as they were fitted, those of rounded inputs in the whole."""
 
     def fitted(choice: Choice) -> Choice:
         if choice.site not in fits:
@@ -104,7 +121,7 @@ def _as_fitted(run: Run, plan: Plan, fits: Mapping[str, Fit]) -> Plan:
         )
 
     choices = tuple(fitted(choice) for choice in plan.choices)
-    divergence = Interaction.of(run).whole(sum(c.divergence for c in choices))
+    divergence = Interaction.of(run).whole(sum(c.divergence for c in choices) + sum(r.divergence for r in rounded))
     return replace(plan, choices=choices, divergence=divergence)
 
 

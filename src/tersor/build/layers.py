@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tersor.build.activations import Activations, InputRounding
+from tersor.errors import TersorError
 from tersor.forms import Operator
 from tersor.models.sites import Site
 
@@ -41,9 +44,13 @@ class _Kept:
 
 
 class ApproximateLayer(nn.Module):
-    """A layer whose weight is an operator; `weight` decodes it for those who ask. `kept` is set by `install`."""
+    """A layer whose weight is an operator; `weight` decodes it for those who ask. `kept` is set by `install`.
+
+    Its inputs may be rounded; a layer whose inputs can be says so in `rounding_for`.
+    """
 
     kept: _Kept
+    rounding: InputRounding | None
 
     def __init__(self, operator: Operator, bias: Tensor | None, borrowed: bool) -> None:
         super().__init__()
@@ -52,6 +59,15 @@ class ApproximateLayer(nn.Module):
         else:
             self.operator = operator
         self.bias = bias
+        self.register_module("rounding", None)
+
+    def rounding_for(self, setting: Activations) -> InputRounding:
+        """A rounding of this layer's inputs that is still to be filled."""
+        raise TersorError(f"activations: the inputs of {type(self.kept.owner).__name__} are not numbers to be rounded.")
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The inputs as the weight is to see them."""
+        return x if self.rounding is None else self.rounding(x)
 
     def weight_operator(self) -> Operator:
         """The operator, be it this layer's own or that of the layer it is tied to."""
@@ -76,8 +92,16 @@ class ApproximateLinear(ApproximateLayer):
     """`operator(x) + bias`, for linear layers and GPT-2's turned ones."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight_operator().forward(x)
+        y = self.product(self.rounded(x))
+        y = y if self.rounding is None else self.rounding.corrected(y)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`x W^T`."""
+        return self.weight_operator().forward(x)
+
+    def rounding_for(self, setting: Activations) -> InputRounding:
+        return InputRounding(setting, self.in_features, self.out_features)
 
     def shaped(self, matrix: Tensor) -> Tensor:
         return matrix.T if type(self.kept.owner).__name__ == "Conv1D" else matrix
@@ -125,17 +149,26 @@ class ApproximateConvolution(ApproximateLayer):
         return matrix.reshape(-1, *self.kernel)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.product(self.rounded(x))
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, *(1,) * (y.dim() - 2))
+
+    def product(self, x: Tensor) -> Tensor:
+        """The convolution without its bias."""
+
         def convolution(x: Tensor, matrix: Tensor) -> Tensor:
             return self.function(x, self.shaped(matrix), None, **self.arguments)
 
         operator = self.weight_operator()
         if self.arguments["groups"] == 1:
-            y = operator.convolve(x, convolution)
-        else:  # factors would mix the inputs of all groups
-            y = convolution(x, operator.dense(x.dtype))
-        if self.bias is None:
-            return y
-        return y + self.bias.to(y.dtype).view(-1, *(1,) * (y.dim() - 2))
+            return operator.convolve(x, convolution)
+        return convolution(x, operator.dense(x.dtype))  # factors would mix the inputs of all groups
+
+    def rounding_for(self, setting: Activations) -> InputRounding:
+        """Without dither, which a constant would not take away at padded edges; grouped channels are not shifted."""
+        setting = replace(setting, dither=False, shift=setting.shift and self.arguments["groups"] == 1)
+        return InputRounding(setting, self.kernel[0], 0, spatial=len(self.kernel) - 1)
 
 
 class StandIn(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.build.activations import Activations, InputRounding
 from tersor.build.layers import layer_for
 from tersor.forms import Operator, form_named, setting_of, settings_of
 from tersor.models.files import DTYPES, file_bytes
@@ -43,8 +44,11 @@ class Layout:
         """FLOPs of the sites of the original for one position."""
         return sum(2 * s.shape[0] * s.shape[1] for s in self.sites)
 
-    def file_bytes(self, choices: Sequence[Choice]) -> int:
-        """The size of the weights file with these choices built and everything else as it is, to the byte."""
+    def file_bytes(self, choices: Sequence[Choice], beside: Iterable[Entry] = ()) -> int:
+        """The size of the weights file with these choices built and everything else as it is, to the byte.
+
+        `beside` are tensors that the file has besides.
+        """
         chosen = {choice.site: choice for choice in choices}
         specs: list[Entry] = []
         replaced: set[str] = set()
@@ -58,7 +62,20 @@ class Layout:
                 with torch.device("meta"):
                     state = form.empty(site.shape, setting).state_dict()
                 specs += [(f"{prefix.format(k)}.{n}", tuple(b.shape), b.dtype) for n, b in state.items()]
-        return file_bytes(specs + [entry for entry in self.tensors if entry[0] not in replaced])
+        return file_bytes([*specs, *beside, *(entry for entry in self.tensors if entry[0] not in replaced)])
+
+    def rounding_bytes(self, asked: Activations) -> int:
+        """At most what rounding the inputs of all layers takes in the file."""
+        size = 0
+        for site, prefix in zip(self.sites, self.prefixes, strict=True):
+            if site.kind == "table" or not prefix.endswith("operator"):
+                continue
+            channels = site.parameter_shape[1] if site.kind == "convolution" else site.shape[1]
+            rounding = InputRounding(asked, channels, site.shape[0])
+            for place, _ in site.places:
+                header = sum(len(f"{place}.rounding.{n}{list(b.shape)}") + 80 for n, b in rounding.named_buffers())
+                size += rounding.nbytes + header
+        return size
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -26,6 +26,16 @@ def build(
     flops_budget: o.FlopsBudget = None,
     latency_budget: o.LatencyBudget = None,
     forms: o.Forms = None,
+    activations: o.Activations = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[:COLUMN]", help="Calibration data for --activations.", rich_help_panel=o.CALIBRATION
+        ),
+    ] = None,
+    samples: o.Samples = None,
+    sequence_length: o.SequenceLength = 256,
+    batch_size: o.BatchSize = 16,
     workers: o.Workers = None,
     engine: o.Engine = "local",
     ray_address: o.RayAddress = None,
@@ -39,18 +49,24 @@ def build(
     )
     if plan is not None and (budget or limits):
         raise TersorError("Give either --plan or a budget, not both.")
+    if (activations is None) != (data is None):
+        raise TersorError("--activations and --data go together: inputs are rounded by what the data bring.")
     with progress_shown(as_json=as_json, quiet=quiet) as progress:
         from tersor import steps
         from tersor.build.build import check_target
+        from tersor.data import read_data
 
         check_target(out)
         opened = steps.open_run(run)
         if plan is None:
-            made = steps.plan_run(opened, budget, forms=o.names_of(forms), **limits)
+            made = steps.plan_run(opened, budget, forms=o.names_of(forms), activations=activations, **limits)
         else:
             made = steps.plan_named(opened, plan)
-        cluster = {"workers": workers, "engine": engine, "ray_address": ray_address}
-        steps.build_plan(steps.reopen(run, device), made, out, progress=progress, **o.given(**cluster))
+        study = steps.reopen(run, device)
+        sizes = samples, sequence_length, batch_size
+        batches = [] if data is None else list(study.model.batches(read_data(data), *sizes, 0))
+        cluster = o.given(workers=workers, engine=engine, ray_address=ray_address)
+        steps.build_plan(study, made, out, activations=activations, calibration=batches, progress=progress, **cluster)
     from tersor.report.account import account_of_artifact
     from tersor.report.tables import account_tables
 

@@ -44,6 +44,7 @@ def compress(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Observe inputs anew behind what is built.", rich_help_panel=o.CHOICE)
     ] = False,
+    activations: o.Activations = None,
     check_data: o.CheckData = None,
     metric: o.MetricName = None,
     divergence_name: o.DivergenceName = None,
@@ -68,6 +69,7 @@ def compress(
             held_out=held_out,
             pairs=pairs,
             forms=o.names_of(forms),
+            activations=activations,
             check_data=check_data,
             metric=metric,
             memory_budget=memory_budget,

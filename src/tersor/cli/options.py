@@ -73,6 +73,14 @@ Forms = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT,...",
+        help="Round the inputs of layers too: int8, fp8, fp4 or e5m2; then token or tensor, shift, dither.",
+        rich_help_panel=CHOICE,
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Only sites that match; may be repeated.", rich_help_panel=CHOICE),

@@ -6,11 +6,13 @@ What is measured is written beside the artifact and, where a run is given, into 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tersor.build.artifact import WEIGHTS, read_record, update_record
 from tersor.build.latency import one_sample
@@ -88,7 +90,8 @@ def judge_sites(
 ) -> dict[str, tuple[float, Estimate]]:
     """The divergence of every site alone, all others as they were: predicted and measured, by site.
 
-    The weights are those of the artifact itself. Writes the result beside it, and into the ledger of `run`.
+    The weights are those of the artifact itself. Where it rounds the inputs of a layer, these are measured alone, too,
+    as `PLACE (inputs)`. Writes the result beside it, and into the ledger of `run`.
     """
     out = Path(out)
     plan = _plan_of(original, out)
@@ -105,6 +108,11 @@ def judge_sites(
         matrices = torch.stack([op.dense() for op in _operators_at(built, site)])
         with reference.starting_at(site), substituted(original, site, matrices):
             found[choice.site] = choice.divergence, mean_estimate(reference.divergences())
+    rounded = read_record(out).get("activations", {"layers": {}})["layers"]
+    for number, (place, values) in enumerate(rounded.items()):
+        progress("judge inputs", place, number, len(rounded))
+        with reference.starting_at(sites[values["site"]]), _rounding_inputs(original, built, place):
+            found[f"{place} (inputs)"] = values["divergence"], mean_estimate(reference.divergences())
     if run is not None:
         _check_run(run, original)
         for name, (predicted, measured) in found.items():
@@ -112,6 +120,19 @@ def judge_sites(
     ledger = {name: [p, m.value, m.low, m.high] for name, (p, m) in found.items()}
     update_record(out, {"ledger": ledger})
     return found
+
+
+@contextmanager
+def _rounding_inputs(original: Model, built: nn.Module, place: str) -> Iterator[None]:
+    """The original with the inputs of one of its layers rounded as the built one has them."""
+    layer = built.get_submodule(place)
+    assert isinstance(layer, ApproximateLayer) and layer.rounding is not None
+    rounding = layer.rounding
+    hook = original.module.get_submodule(place).register_forward_pre_hook(lambda _, given: rounding.seen(given[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def adopt(original: Model, out: Path) -> Model:

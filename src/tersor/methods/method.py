@@ -15,6 +15,7 @@ from importlib.resources import files
 from itertools import product
 from typing import Any
 
+from tersor.build.activations import Activations
 from tersor.errors import TersorError
 from tersor.forms import form_named
 from tersor.metrics import KINDS
@@ -32,7 +33,8 @@ class Method:
     """A published recipe. `papers` are ids (P041, or arXiv:2210.17323 where there is none), `title` the paper's.
 
     In `settings` a list stands for several values, and all combinations are the ladder; none at all is the form's own
-    ladder. Under the allocation `uniform` the fields named in `per_site` are still chosen site by site.
+    ladder. Under the allocation `uniform` the fields named in `per_site` are still chosen site by site. `activations`
+    says how the inputs of layers are rounded beside their weights, as in `int8,tensor`; they are not where it is empty.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Method:
     claim: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     per_site: tuple[str, ...] = ()
+    activations: str = ""
     recovery: str = "none"
     note: str = ""
 
@@ -62,6 +65,8 @@ class Method:
             raise TersorError(f"The method {self.name!r} is uniform, so it must name its settings.")
         for name in self.per_site:
             _one_of(name, self.settings, f"the method {self.name!r}: per_site")
+        if self.activations:
+            Activations.of(self.activations)
         for values in self.ladder():
             try:
                 form.setting(values)

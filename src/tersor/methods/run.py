@@ -42,6 +42,10 @@ def run_method(
     for option in FIXED:
         if options.pop(option, None) is not None:
             raise TersorError(f"The method {method.name!r} decides its {option} itself; leave that option out.")
+    if method.activations:
+        if options.get("activations") is not None:
+            raise TersorError(f"The method {method.name!r} decides its activations itself; leave that option out.")
+        options["activations"] = method.activations
     if method.metric == "identity" and options.get("damping") is None:
         options["damping"] = UNDAMPED  # to a multiple of the identity, damping does nothing
     return compress(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tersor.metrics import Metric
+from tersor.metrics import Metric, Side
 from tersor.models.sites import Site
 from tersor.observe.collect import Collector
 from tersor.observe.summary import Summary, nearest_kronecker
@@ -53,6 +53,14 @@ def load_metrics(run: Run, site: Site, kind: str, part: str = "fit") -> list[Met
             parts.append(Metric(metric.kind, metric.rows, metric.columns, scale))
         metrics.append(nearest_kronecker(parts))
     return [Metric(kind, m.rows, m.columns, m.scale) for m in metrics]
+
+
+def load_output_metric(run: Run, site: Site) -> tuple[Side, float] | None:
+    """What errors of the outputs of a site's matrix are predicted to cost; None where no product with it was seen."""
+    if not run.has_tensors(file_of(site, "fit")):
+        return None
+    found = [s for (_, use, _), s in _load(run, site, "fit").items() if use == "linear"]
+    return _sum(found).output_metric if found else None
 
 
 def captured_share(run: Run, site: Site) -> float:

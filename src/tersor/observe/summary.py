@@ -98,6 +98,17 @@ class Summary:
         rows, columns = sides[::-1] if rows_are_inputs else sides
         return Metric("kronecker", rows, columns, scale).coarsened(kind, input_is_columns=not rows_are_inputs)
 
+    @property
+    def output_metric(self) -> tuple[Side, float]:
+        """`(G, scale)` so that an error `d` (out,) of every output is predicted to cost `scale * E[d^T G d]`, in nats.
+
+        `G` is the moment of the gradients weighted by the inputs they met, over the mean square of these.
+        """
+        scale = 0.5 * max(self.positions, 1.0) / max(self.predictions, 1.0)
+        if not self.has_gradients:
+            return Side(torch.ones(self.weighted_gradients.shape[0])), scale
+        return Side((self.weighted_gradients / self._input_energy()).float()), scale
+
     def _input_energy(self) -> float:
         """The sum of `|x|^2` over positions."""
         trace = self.inputs.diagonal().sum() if self.inputs.dim() == 2 else self.inputs.sum()

@@ -35,7 +35,8 @@ class FormBytes:
 class Account:
     """A plan with what is known of it. `untouched` are tensors that are no site, as (name, weights, bytes, why).
 
-    `limit` is the least divergence that any code of as many bytes could have, None where the run has no limit.
+    `limit` is the least divergence that any code of as many bytes could have, None where the run has no limit;
+    `activations` how the inputs of layers are rounded, None where they are not.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Account:
     unused_sites: tuple[str, ...]
     judgement: dict[str, Any] | None
     limit: float | None = None
+    activations: dict[str, Any] | None = None
 
     @property
     def times_limit(self) -> float | None:
@@ -102,6 +104,7 @@ class Account:
             "judgement": self.judgement,
             "limit": self.limit,
             "times_limit": self.times_limit,
+            "activations": self.activations,
         }
 
 
@@ -118,6 +121,7 @@ def account_of_artifact(folder: Path) -> Account:
         tuple(record["unused_sites"]),
         record.get("judgement"),
         record.get("limit"),
+        record.get("activations"),
     )
 
 

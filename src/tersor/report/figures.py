@@ -177,7 +177,8 @@ def damage_figure(account: Account, ledger: Ledger) -> go.Figure:
         mine = [c for c in choices if c.form == form]
         text = [f"{c.label}, {number_text(c.divergence)} {account.unit}" for c in mine]
         _bars(figure, [c.divergence for c in mine], [c.site for c in mine], form, colours[form], text)
-    alone = [row for row in ledger if row[0] == account.plan.name and row[1] != "*"]
+    sites = {c.site for c in choices}
+    alone = [row for row in ledger if row[0] == account.plan.name and row[1] in sites]
     if alone:
         figure.add_scatter(
             x=[row[3] for row in alone],

@@ -106,7 +106,14 @@ def account_tables(account: Account) -> list[Any]:
         if c.divergence > 0:
             cells = bytes_text(c.stored), number_text(c.divergence), share_text(c.divergence, alone)
             _row(worst, c.site, c.label, *cells)
-    return [head, *_limit_line(account), forms, *([worst] if worst.row_count else []), *_left_alone(account)]
+    return [
+        head,
+        *_limit_line(account),
+        *_activations_line(account),
+        forms,
+        *([worst] if worst.row_count else []),
+        *_left_alone(account),
+    ]
 
 
 def _latency(plan: Plan) -> str:
@@ -122,6 +129,17 @@ def _limit_line(account: Account) -> list[Any]:
         "" if account.times_limit is None else f"; distance to the limit: {times_text(account.times_limit)} times"
     )
     return [Text(f"Limit at these bytes: {number_text(account.limit)} {account.unit}{distance}")]
+
+
+def _activations_line(account: Account) -> list[Any]:
+    if account.activations is None:
+        return []
+    layers = account.activations["layers"].values()
+    kept = ((sum(r["setting"][word] for r in layers), word) for word in ("shift", "dither"))
+    extras = "".join(f", {word} kept at {many}" for many, word in kept if word in account.activations["asked"])
+    alone = number_text(sum(r["divergence"] for r in layers))
+    rounded = f"Inputs of {len(layers)} layers rounded ({account.activations['asked']}{extras}): "
+    return [Text(f"{rounded}{alone} {account.unit} alone, in all")]
 
 
 def _measured(account: Account) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tersor.build.activations import Activations
 from tersor.build.build import Built, build, check_target
 from tersor.data import Data, read_data, read_pairs
 from tersor.engine import pool_of
@@ -29,13 +30,21 @@ def build_plan(
     out: str | Path,
     *,
     sequential: Sequence[Batch] | None = None,
+    activations: str | None = None,
+    calibration: Sequence[Batch] = (),
     workers: int | None = None,
     engine: str = "local",
     ray_address: str | None = None,
     progress: Progress = silent,
 ) -> Built:
-    """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on."""
+    """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on.
+
+    With `activations`, such as `int8` or `fp4,tensor,shift`, inputs of layers are rounded, by batches of `calibration`.
+    """
     start = time.perf_counter()
+    rounding = None if activations is None else Activations.of(activations)
+    if rounding is not None and "activations=" not in plan.name:
+        plan = replace(plan, name=f"{plan.name},activations={activations}")
     with opened.run.alone(), pool_of(workers, engine, ray_address):
         built = build(
             opened.run,
@@ -44,6 +53,8 @@ def build_plan(
             plan,
             Path(out),
             sequential=sequential,
+            activations=rounding,
+            calibration=calibration,
             workers=workers,
             progress=lambda what, done, total: progress("build", what, done, total),
         )
@@ -79,6 +90,7 @@ def compress(
     latency_budget: str | None = None,
     max_divergence: float | None = None,
     sequential: bool = False,
+    activations: str | None = None,
     judge_samples: int | None = None,
     choose: Callable[[Study, Limits], Plan] | None = None,
     progress: Progress = silent,
@@ -86,8 +98,9 @@ def compress(
 ) -> Result:
     """Study, plan, build and judge in one call. Options are those of `study`.
 
-    `choose` makes the plan from the study and the limits, where it is not the planner's. Without `held_out` nothing is
-    judged. The module given, or read, is the built one afterwards.
+    `choose` makes the plan from the study and the limits, where it is not the planner's. With `activations`, such as
+    `int8` or `fp4,tensor,shift`, inputs of the layers that the plan approximates are rounded too. Without `held_out`
+    nothing is judged. The module given, or read, is the built one afterwards.
     """
     check_target(Path(out))
     asked: dict[str, Any] = {
@@ -99,6 +112,8 @@ def compress(
     # What cannot be read is refused before the work.
     asked_for = parse_limits(budget, whole_bytes=1, whole_flops=1, whole_latency=1.0, **asked)
     timed = asked_for.latency is not None
+    if activations is not None:
+        Activations.of(activations)
     data = read_data(data)
     held_out = None if held_out is None else read_data(held_out)
     if options.get("check_data") is not None:
@@ -113,6 +128,7 @@ def compress(
     workers = options.get("workers")
     with pool_of(workers, options.get("engine", "local"), options.get("ray_address")):
         opened = study(model, data, folder, forms=drawn, progress=progress, **options)
+        asked["activations"] = activations
         limits = opened.limits(budget, **asked)
         progress("plan", "", 0, 0)
         if choose is None:
@@ -120,14 +136,23 @@ def compress(
         else:
             plan = choose(opened, limits)
         sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
-        again = None
-        if sequential:
+        again: list[Batch] = []
+        if sequential or activations is not None:
             again = list(opened.model.batches(data, options.get("samples"), *_shape(options), options.get("seed", 0)))
         judged_by = None
         if held_out is not None:
             judged_by = copy.copy(opened.model)
             judged_by.module = copy.deepcopy(opened.model.module)
-        built = build_plan(opened, plan, out, sequential=again, workers=workers, progress=progress)
+        built = build_plan(
+            opened,
+            plan,
+            out,
+            sequential=again if sequential else None,
+            activations=activations,
+            calibration=again,
+            workers=workers,
+            progress=progress,
+        )
     judgement = None
     if judged_by is not None and held_out is not None:
         start = time.perf_counter()

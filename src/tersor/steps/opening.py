@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tersor.build.activations import Activations
 from tersor.build.artifact import stored_dtypes
 from tersor.build.layout import Layout
 from tersor.curves.limit import Limit
@@ -80,16 +81,24 @@ def limit_of(run: Run) -> Limit | None:
     return Limit.of(run, layout.sites, layout.file_bytes)
 
 
-def limits_of(run: Run, budget: str | None = None, **limits: Any) -> Limits:
-    """Budgets as users write them, of the model of a run; see `parse_limits`."""
-    latencies = Latencies.of(run)
-    return parse_limits(
+def limits_of(run: Run, budget: str | None = None, *, activations: str | None = None, **limits: Any) -> Limits:
+    """Budgets as users write them, of the model of a run; see `parse_limits`.
+
+    What rounding `activations` may store is taken from the bytes of the whole model beforehand.
+    """
+    latencies, layout = Latencies.of(run), Layout.from_json(run.get("layout"))
+    found = parse_limits(
         budget,
         whole_bytes=run.get("stored_bytes"),
-        whole_flops=Layout.from_json(run.get("layout")).flops,
+        whole_flops=layout.flops,
         whole_latency=None if latencies is None else latencies.whole,
         **limits,
     )
+    if activations is None:
+        return found
+    kept = layout.rounding_bytes(Activations.of(activations))
+    left = {k: v - kept for k in ("stored", "resident") if (v := getattr(found, k)) is not None}
+    return replace(found, **left)
 
 
 def plan_run(run: Run, budget: str | None = None, *, forms: Sequence[str] | None = None, **limits: Any) -> Plan:
