@@ -179,7 +179,7 @@ def click_tables(found: dict[str, Any]) -> Iterator[str]:
     bits = " | ".join(f"{cell['bits']:g} bits" for cell in cells)
     for what, shown in (("AUC", _auc), ("AUC less the original's", _lost), ("divergence, 1000 x nats", _thousandths)):
         yield f"\n| {what} | {bits} |\n{'| --- ' * (len(cells) + 1)}|"
-        for name in (row["form"] for row in cells[0]["rows"]):
+        for name in (row["name"] for row in cells[0]["rows"]):
             title = f"*{name}*" if "blind" in name or name in ("rows by magnitude", "round to nearest") else name
             yield f"| {title} | " + " | ".join(shown(_row(cell, name)) for cell in cells) + " |"
 

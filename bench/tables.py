@@ -130,10 +130,10 @@ def estimate(values: np.ndarray) -> dict[str, float]:
 
 def shown(row: dict[str, Any]) -> str:
     if row["bytes"] is None:
-        return f"  {row['form']:20} nothing is so small"
+        return f"  {row['name']:20} nothing is so small"
     a, b, d = row["auc"], row["difference"], row["divergence"]
     return (
-        f"  {row['form']:20} {row['setting']:34} {row['bytes']:>8,}  {a['value']:.4f} [{a['low']:.4f}, {a['high']:.4f}]"
+        f"  {row['name']:20} {row['setting']:34} {row['bytes']:>8,}  {a['value']:.4f} [{a['low']:.4f}, {a['high']:.4f}]"
         f"  {b['value']:+.4f} [{b['low']:+.4f}, {b['high']:+.4f}]  {d['value']:.5f}"
     )
 
@@ -161,7 +161,7 @@ def main() -> None:
         print(f"{bits:g} bits an entry, {most:,.0f} bytes: setting, bytes, AUC, difference, divergence")
         found: list[dict[str, Any]] = []
         for form, setting, operator in tables_at(table, most, blind):
-            row: dict[str, Any] = {"form": form, "setting": setting, "bytes": operator and operator.nbytes}
+            row: dict[str, Any] = {"name": form, "setting": setting, "bytes": operator and operator.nbytes}
             if operator is not None:
                 row |= judge.measured(operator)
             print(shown(row), flush=True)
