@@ -2,9 +2,9 @@
 
 Claim: one shared table that the values of all features hash to does better than a hashed table a feature, at the same
 number of parameters. Null: the rows of every column hashed among themselves, each column with its share of the rows,
-fitted under the same metric by the same least squares; and, beside the claim, each column with the share that
-is best for it, chosen by what the fits are predicted to do (no hash tells a model which is needed). The paper trains its tables; here both are fitted to the table
-of a trained click model, whose categorical columns are crossed in pairs so that it has a long tail.
+fitted under the same metric by the same least squares; and, beside the claim, each column with the share that is best
+for it by what the fits are predicted to do. The paper trains its tables; here both are fitted to the table of a trained
+click model, whose categorical columns are crossed in pairs so that it has a long tail.
 """
 
 import sys
@@ -24,7 +24,7 @@ FORM = HashedForm()
 
 
 def separate(table: Table, starts: list[int], settings: list[HashedSetting]) -> tuple[torch.Tensor, int, list[float]]:
-    """The table whose columns are hashed each on its own, the bytes that this takes, and what each is predicted to do."""
+    """The table whose columns are hashed each on its own, its bytes, and what every column is predicted to do."""
     parts, nbytes, damage = [], 0, []
     for start, stop, setting in zip(starts, [*starts[1:], len(table.weight)], settings, strict=True):
         metric = Metric(table.metric.kind, Side(table.metric.rows.moment[start:stop]), table.metric.columns)
