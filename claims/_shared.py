@@ -27,6 +27,7 @@ from tersor.methods import Method, method_named, run_method
 from tersor.models import Model, open_model
 from tersor.models.compare import Reference
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # whose click model is that of the claims
 HOLDS, FAILS, SKIPPED = 0, 2, 77
 HEADER = 1e-4  # names and shapes of the same tensors may take some bytes more in the header of a file
 ASSETS = Path(os.environ.get("TERSOR_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))

@@ -57,6 +57,11 @@ def blind_core(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     return blind("tucker")(weight, metric, form_named("tucker").fit(weight, metric, setting).setting)
 
 
+def blind_ranks(weight: Tensor, metric: Metric, setting: Any) -> Operator:
+    """Blocks of the ranks that the fit chose, where errors are plain squares."""
+    return blind("mixed")(weight, metric, form_named("mixed").fit(weight, metric, setting).setting)
+
+
 def first_term(weight: Tensor, metric: Metric, setting: Any) -> Operator:
     """What the sum is worth without its correction (in fewer bytes)."""
     return form_named("int" if isinstance(setting.first, IntSetting) else "sparse").fit(weight, metric, setting.first)
@@ -98,6 +103,9 @@ NULLS: dict[str, Callable[[Tensor, Metric, Any], Operator]] = {
     "shared": blind("shared"),
     "sparse": plain_pruning,
     "sparse+lowrank": first_term,
+    "rows": blind("rows"),
+    "mixed": blind_ranks,
+    "hashed": blind("hashed"),
 }
 CASES = [pytest.param(form, s, id=f"{name}: {s.label}") for name, form in FORMS.items() for s in settings_of(form)]
 each_setting = pytest.mark.parametrize(("form", "setting"), CASES)

@@ -24,9 +24,12 @@ from tersor.forms.coded import CodedForm, CodedSetting
 from tersor.forms.cp import CPForm, CPSetting
 from tersor.forms.dictionary import DictionaryForm, DictionarySetting
 from tersor.forms.floats import FloatForm, FloatSetting
+from tersor.forms.hashed import HashedForm, HashedSetting
 from tersor.forms.integers import IntForm, IntSetting, PortableForm
 from tersor.forms.kronecker import KroneckerForm, KroneckerSetting
 from tersor.forms.lowrank import LowRankForm, LowRankSetting
+from tersor.forms.mixed import MixedForm, MixedSetting
+from tersor.forms.rows import RowsForm, RowsSetting
 from tersor.forms.shared import SharedForm, SharedSetting
 from tersor.forms.sparse import SparseForm, SparseSetting
 from tersor.forms.sums import SumForm, SumSetting
@@ -68,6 +71,9 @@ FORMS: dict[str, Form] = {
         SharedForm(),
         SparseForm(),
         SumForm(SparseForm(), LowRankForm(), _sparse_corrections, "where a pattern is wanted, on wide weights"),
+        RowsForm(),
+        MixedForm(),
+        HashedForm(),
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
@@ -97,14 +103,20 @@ __all__ = [
     "FloatForm",
     "FloatSetting",
     "Form",
+    "HashedForm",
+    "HashedSetting",
     "IntForm",
     "IntSetting",
     "KroneckerForm",
     "KroneckerSetting",
     "LowRankForm",
     "LowRankSetting",
+    "MixedForm",
+    "MixedSetting",
     "Operator",
     "PortableForm",
+    "RowsForm",
+    "RowsSetting",
     "Setting",
     "Shape",
     "SharedForm",

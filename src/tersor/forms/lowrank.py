@@ -115,15 +115,18 @@ class LowRankForm:
             found = replace(found, left=found.left[sample[0]])
         candidates = []
         for setting in self.settings(shape) if settings is None else settings:
-            operator = self._build(weight, metric, setting, found)
+            operator = self.of_factorisation(weight, metric, setting, found)
             divergence = metric.distance(weight.float() - operator.dense())
             candidates.append(Candidate(self.name, setting, cost_of(self, shape, setting), divergence))
         return candidates
 
     def fit(self, weight: Tensor, metric: Metric, setting: LowRankSetting) -> Operator:
-        return self._build(weight, metric, setting, factorise(metric.whiten(weight.detach())))
+        return self.of_factorisation(weight, metric, setting, factorise(metric.whiten(weight.detach())))
 
-    def _build(self, weight: Tensor, metric: Metric, setting: LowRankSetting, found: Factorisation) -> ProductOperator:
+    def of_factorisation(
+        self, weight: Tensor, metric: Metric, setting: LowRankSetting, found: Factorisation
+    ) -> ProductOperator:
+        """The factors of a rank from the factorisation of the whitened weight."""
         rank = min(setting.rank, len(found.values))
         root = found.values[:rank].clamp_min(1e-30).sqrt()
         left = metric.rows.unwhiten(found.left[:, :rank] * root)

@@ -22,7 +22,7 @@ from tersor.forms.conjugate import conjugate_gradients
 from tersor.forms.integers import IntSetting, search_grid
 from tersor.forms.packing import PLANES, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
-from tersor.forms.supports import Bitmask, Groups, Positions, Support
+from tersor.forms.supports import Groups, Support, smaller_support
 from tersor.metrics import Metric, Side
 
 SELECTS = ("second-order", "wanda", "sampled", "magnitude")
@@ -80,9 +80,7 @@ class SparseSetting:
         """How the kept entries of a matrix are written: the smaller code, where there are two."""
         if self.pattern is not None:
             return Groups(shape, *self.pattern)
-        kept = shape[0] * max(1, round(float(self.density) * shape[1]))
-        codes: tuple[Support, ...] = Bitmask(shape, kept), Positions(shape, kept)
-        return min(codes, key=lambda code: code.nbytes)
+        return smaller_support(shape, shape[0] * max(1, round(float(self.density) * shape[1])))
 
     @property
     def codes(self) -> IntSetting:

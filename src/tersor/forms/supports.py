@@ -103,6 +103,12 @@ class Positions:
         return mask.reshape(self.shape)
 
 
+def smaller_support(shape: Shape, kept: int) -> Support:
+    """The code of `kept` free entries that takes fewer bytes."""
+    codes: tuple[Support, ...] = Bitmask(shape, kept), Positions(shape, kept)
+    return min(codes, key=lambda code: code.nbytes)
+
+
 @dataclass(frozen=True)
 class Groups:
     """`n` of every `m` neighbours of a row, `ceil(log2 C(m, n))` bits a group; rows are filled up to whole groups."""
