@@ -9,8 +9,8 @@ from conftest import spd
 from tersor.forms.conjugate import conjugate_gradients
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
-def test_as_many_steps_as_unknowns_solve_it(by_rows: bool) -> None:
+@pytest.mark.parametrize("alone", [None, 0])
+def test_as_many_steps_as_unknowns_solve_it(alone: int | None) -> None:
     moment, target = spd(12, spread=0.5), torch.randn(3, 12, dtype=torch.float64)
     start = torch.randn(3, 12, dtype=torch.float64)
 
@@ -18,7 +18,7 @@ def test_as_many_steps_as_unknowns_solve_it(by_rows: bool) -> None:
         return x @ moment
 
     curvature = moment.diagonal().expand(3, 12)
-    found = conjugate_gradients(start, target - felt(start), felt, 40, curvature, by_rows=by_rows)
+    found = conjugate_gradients(start, target - felt(start), felt, 40, curvature, alone=alone)
     assert torch.allclose(found, torch.linalg.solve(moment, target.T).T, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(start, found)
 

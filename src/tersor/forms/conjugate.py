@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ENOUGH = 1e-12  # share of the first squared residual at which steps end
+ENOUGH = 1e-14  # share of the first squared residual at which steps end
 
 
 def conjugate_gradients(
@@ -17,16 +17,16 @@ def conjugate_gradients(
     steps: int,
     curvature: Tensor | float = 1.0,
     *,
-    by_rows: bool = False,
+    alone: int | None = None,
 ) -> Tensor:
     """`values` after some steps towards the solution of `felt(values) = target`, whose `residual` is given.
 
     `felt` is linear, symmetric and not negative; `curvature` is its diagonal or what stands for it, of the shape of the
-    values. With `by_rows` no row is felt by another, and each takes steps of its own length.
+    values. Where no row is felt by another (`alone` 0), or no column (1), each takes steps of its own length.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(*((1, True) if by_rows else ()), dtype=torch.float64)
+        return (a * b).sum(*(() if alone is None else (1 - alone, True)), dtype=torch.float64)
 
     direction = scaled = residual / curvature
     size = first = dot(residual, scaled)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, RowOperator, Shape, fitted_candidate
+from tersor.forms.conjugate import conjugate_gradients
 from tersor.forms.integers import IntForm, IntOperator, IntSetting
 from tersor.forms.packing import PLANES
 from tersor.forms.products import HalfOperator
@@ -24,7 +25,6 @@ from tersor.forms.shared import SharedSetting, places
 from tersor.metrics import Metric, Side
 
 STEPS = 200  # of conjugate gradients, at most
-ENOUGH = 1e-14  # share of the first squared residual at which they end
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,11 @@ def least_squares(weight: Tensor, rows: Side, hashed: Hash) -> Tensor:
     weight, rows = weight.double(), Side(rows.moment.double() / rows.diagonal.double().mean())
     weights = hashed.weights(rows.diagonal).clamp_min(1e-12)[:, None]
     residual = hashed.gathered(rows.apply(weight))
-    table = torch.zeros_like(residual)
-    direction = residual / weights
-    size = first = (residual * direction).sum(0)
-    for _ in range(STEPS):
-        if (size <= ENOUGH * first).all():
-            break
-        moved = hashed.gathered(rows.apply(hashed.spread(direction)))
-        step = size / (direction * moved).sum(0).clamp_min(1e-300)
-        table, residual = table + step * direction, residual - step * moved
-        turned = residual / weights
-        size, last = (residual * turned).sum(0), size
-        direction = turned + size / last.clamp_min(1e-300) * direction
-    return table
+
+    def felt(table: Tensor) -> Tensor:
+        return hashed.gathered(rows.apply(hashed.spread(table)))
+
+    return conjugate_gradients(torch.zeros_like(residual), residual, felt, STEPS, weights, alone=1)
 
 
 class HashedOperator(RowOperator):

@@ -310,7 +310,7 @@ def _refit(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, step
         return (felt if alone else metric.rows.apply(felt)) * support
 
     values = values * support
-    return conjugate_gradients(values, pulled(weight - values), pulled, steps, curvature, by_rows=alone)
+    return conjugate_gradients(values, pulled(weight - values), pulled, steps, curvature, alone=0 if alone else None)
 
 
 def _strongest(scores: Tensor, setting: SparseSetting, count: int | None, within_rows: bool = False) -> Tensor:
