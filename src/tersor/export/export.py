@@ -24,8 +24,8 @@ from tersor.errors import TersorError
 from tersor.export import compressed, gptq
 from tersor.export.grids import Grid, held_by
 from tersor.forms.integers import IntOperator
+from tersor.models.config import quiet_transformers, read_config
 from tersor.models.files import copy_beside, staged, write_safetensors, write_text
-from tersor.models.huggingface import quiet_transformers, read_config
 
 FORMATS: dict[str, ModuleType] = {"compressed-tensors": compressed, "gptq": gptq}
 TARGETS = ("dense", *FORMATS)

@@ -13,10 +13,12 @@ from tersor.build.artifact import stored_dtypes
 from tersor.build.layout import Layout
 from tersor.curves.limit import Limit
 from tersor.errors import TersorError
+from tersor.foreign import check
 from tersor.forms import form_named
 from tersor.models import Divergence, Model, Site, Walk, open_model, walk
-from tersor.plan import Latencies, Limits, Plan, Planner, parse_limits
+from tersor.plan import PLAN, Latencies, Limits, Plan, Planner, parse_limits
 from tersor.run import Run
+from tersor.run.facts import LASTING
 
 Progress = Callable[[str, str, int, int], Any]
 _AGAIN = "call `tersor study` with this run, its model and its data, which draws the rest"
@@ -123,7 +125,7 @@ def plan_named(run: Run, name: str) -> Plan:
     if value is None:
         known = ", ".join(run.plans()) or "none yet"
         raise TersorError(f"The run {run.folder} has no plan {name!r}; its plans are: {known}.")
-    return Plan.from_json({k: v for k, v in value.items() if k in Plan.__dataclass_fields__})
+    return Plan.from_json(check(value, PLAN, run.folder / "run.db", f"plan {name}"))
 
 
 def open_run(folder: str | Path) -> Run:
@@ -131,6 +133,9 @@ def open_run(folder: str | Path) -> Run:
     run = Run(Path(folder))
     if run.get("studied") is None:
         raise TersorError(f"The study in {folder} is not finished; call `tersor study` again to go on with it.")
+    lacking = [name for name in LASTING if run.get(name) is None]
+    if lacking:
+        raise TersorError(f"{run.folder / 'run.db'} is damaged: it has no {lacking[0]!r}.")
     return run
 
 
