@@ -27,6 +27,8 @@ from tersor.cli.show import EXAMPLE as SHOW
 from tersor.cli.show import show
 from tersor.cli.study import EXAMPLE as STUDY
 from tersor.cli.study import study
+from tersor.cli.verify import EXAMPLE as VERIFY
+from tersor.cli.verify import verify
 
 COMMANDS = (
     (compress, COMPRESS),
@@ -35,6 +37,7 @@ COMMANDS = (
     (plan, PLAN),
     (build, BUILD),
     (judge, JUDGE),
+    (verify, VERIFY),
     (export, EXPORT),
     (show, SHOW),
     (report, REPORT),

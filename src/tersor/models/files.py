@@ -30,6 +30,7 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -72,7 +73,16 @@ def open_checkpoint(source: Path) -> Checkpoint:
                 raise TersorError(f"{path} holds {name}, which {entries[name][0]} holds already.")
             entries[name] = path, part.shape, _BY_NAME.get(part.dtype)
         digest.update(_fingerprint(path))
+    _refuse_misplaced(source, entries)
     return Checkpoint(tuple(paths), entries, sum(p.stat().st_size for p in paths), digest.hexdigest()[:16])
+
+
+def _refuse_misplaced(source: Path, entries: Mapping[str, tuple[Path, Any, Any]]) -> None:
+    """Raise TersorError where the index of a folder has a tensor elsewhere than the headers have it."""
+    index = source / INDEX
+    for name, file in read_json(index)["weight_map"].items() if index.exists() else ():
+        if name not in entries or entries[name][0].name != file:
+            raise TersorError(f"{index} has {name} in {file}, which lacks it.")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -87,7 +97,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _files_of(folder: Path) -> list[Path]:
     refuse_links(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists() and single.exists():
         raise TersorError(f"{folder} has both {single.name} and {index.name}, so which of them counts is open.")
     if index.exists():
@@ -195,7 +205,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 def copy_beside(source: Path, target: Path) -> None:
     """Copy what goes with a model (tokenizer, pooling, generation config), but no weights and no config."""
-    not_copied = ("config.json", "tersor.json", "model.safetensors.index.json", "README.md")
+    not_copied = ("config.json", "tersor.json", INDEX, "README.md")
     for path in sorted(source.iterdir()):
         if path.is_dir() and re.fullmatch(r"\d+_\w+", path.name) and (path / "config.json").exists():
             shutil.copytree(path, target / path.name, ignore=_links, dirs_exist_ok=True)

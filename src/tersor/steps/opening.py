@@ -146,6 +146,9 @@ def reopen(folder: str | Path, device: str = "cpu") -> Study:
     if opening is None:
         raise TersorError(f"The study in {folder} was made of a module in memory; build from Python, with its model.")
     run.close()
+    place = Path(str(opening["model"]).rpartition(":")[0])
+    if place.resolve().is_relative_to(Path(folder).resolve()) and place.suffix == ".py":
+        raise TersorError(f"The run {folder} names {place}, which lies in it, as its model; a run brings no code.")
     return open_study(opening.pop("model"), folder, device=device, create=False, **opening)
 
 
