@@ -252,12 +252,14 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def understood(file: Path | str, advice: str = "") -> Iterator[None]:
-    """What goes wrong inside with values of a file is a TersorError that names it."""
+    """What goes wrong inside with values of a file is a TersorError that names it; that memory ran out is not."""
     try:
         yield
     except TersorError:
         raise
     except WRONG as error:
+        if "memory" in str(error):
+            raise
         raise TersorError(f"{file} is damaged: {_reason(error)}{advice}.") from error
 
 

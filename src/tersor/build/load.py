@@ -16,9 +16,11 @@ from torch import nn
 
 from tersor.build.artifact import WEIGHTS, check_fit, install_empty, load_weights, read_record, refuse_not_finite
 from tersor.build.expand import plain
+from tersor.build.layers import operators_of
 from tersor.coding import StreamError
 from tersor.engine import map_units
 from tersor.errors import TersorError
+from tersor.foreign import understood
 from tersor.forms import Operator
 from tersor.models.files import open_checkpoint
 
@@ -53,7 +55,10 @@ def load(
     try:
         module = _load(folder, record, model, device, dtype, progress)
         refuse_not_finite(module, folder)
-        return module if mode == "small" else plain(module, dtype)
+        if mode == "small":
+            return module
+        with understood(folder / WEIGHTS):
+            return plain(module, dtype)
     except StreamError as error:
         raise TersorError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
@@ -124,6 +129,10 @@ def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> n
     install_empty(empty, (config.get("quantization_config") or {}).get("sites", {}))
     c.refuse_too_large(folder, empty, checkpoint)
     check_fit(empty.state_dict(), checkpoint)
+    for name, operator in operators_of(empty).items():
+        lacking = [key for key in operator.state_dict() if f"{name}.{key}" not in checkpoint.entries]
+        if lacking:
+            raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: it lacks {name}.{lacking[0]}.")
     with c.quiet_transformers(), c.opened_as(folder, cls):
         module, info = cls.from_pretrained(
             folder,

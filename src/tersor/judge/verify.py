@@ -16,8 +16,8 @@ import torch
 
 from tersor.build import operators_of
 from tersor.build.artifact import RECORD, WEIGHTS, read_record, sha256
+from tersor.build.layers import decoded_of
 from tersor.build.load import load
-from tersor.coding import StreamError
 from tersor.data import Data, read_data
 from tersor.errors import TersorError
 from tersor.judge.artifact import adopt, plan_of
@@ -99,10 +99,7 @@ def _operators(out: Path, record: dict[str, Any], original: Model | None, progre
     operators = operators_of(module)
     for number, (name, operator) in enumerate(operators.items()):
         progress("verify", name, number, len(operators))
-        try:
-            finite = bool(torch.isfinite(operator.dense()).all())
-        except StreamError as error:
-            raise TersorError(f"{out / WEIGHTS}: {name} is damaged: {error}") from error
+        finite = bool(torch.isfinite(decoded_of(name, operator)).all())
         if not finite:
             raise TersorError(f"{out / WEIGHTS}: {name} has NaN or infinite entries.")
     taken = sum(operator.nbytes for operator in operators.values())

@@ -103,8 +103,12 @@ class Run:
         return {name[len(prefix) :]: self._fact(name, value) for name, value in rows}
 
     def put(self, name: str, value: Any) -> None:
+        """Keep a fact; one that stands there as it is writes nothing."""
+        text = json.dumps(value)
+        if self._rows("SELECT 1 FROM facts WHERE name = ? AND value = ?", name, text):
+            return
         with self._write() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, text))
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         try:
@@ -188,8 +192,9 @@ class Run:
         """All candidates of a site, smallest first."""
         query = "SELECT form, setting, stored, resident, flops, predicted FROM candidates WHERE site = ? "
         path = self.folder / "run.db"
-        for form, setting, *numbers in self._rows(query + "ORDER BY stored, predicted", site):
-            stored, resident, flops, predicted = check(numbers, [(COUNT, float)], path, f"a candidate of {site}")
+        for form, setting, stored, resident, flops, predicted in self._rows(query + "ORDER BY stored, predicted", site):
+            check([stored, resident, flops], [COUNT], path, f"the cost of a candidate of {site}")
+            check(predicted, float, path, f"the divergence of a candidate of {site}")
             values = parse_json(str(setting), f"{path}: a setting of {site}")
             with understood(path):
                 found = setting_of(form_named(form), values)
