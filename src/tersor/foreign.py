@@ -42,6 +42,10 @@ class Part:
     stop: int
 
 
+class Row(tuple[Any, ...]):
+    """A pattern: a list with one value for each of these patterns."""
+
+
 class _Bad(ValueError):
     """What is wrong with a file, without its name."""
 
@@ -114,8 +118,8 @@ def check(value: Any, pattern: Any, file: Path | str, where: str = "") -> Any:
     """`value` itself, if it has the form of `pattern`; raises TersorError, naming the file and the place, where not.
 
     A pattern is a type (`int`, `float`: finite; `str`: printable), `COUNT`, `POSITIVE`, `NUMBER`, None, `object` for
-    anything, a tuple of such, a list of one for lists, `{str: p}` for objects of any keys, or an object of patterns by
-    key, of which those that end with `?` may be missing.
+    anything, a tuple of such, a list of one for lists, a `Row` for lists of so many, `{str: p}` for objects of any
+    keys, or an object of patterns by key, of which those that end with `?` may be missing.
     """
     wrong = _mismatch(value, pattern, where)
     if wrong is not None:
@@ -125,6 +129,11 @@ def check(value: Any, pattern: Any, file: Path | str, where: str = "") -> Any:
 
 def _mismatch(value: Any, pattern: Any, where: str) -> str | None:
     """What is wrong with a value, or None."""
+    if isinstance(pattern, Row):
+        if not isinstance(value, list | tuple) or len(value) != len(pattern):
+            return _is_not(where, value, f"a list of {len(pattern)}")
+        parts = enumerate(zip(value, pattern, strict=True))
+        return next(filter(None, (_mismatch(v, p, f"{where}.{k}") for k, (v, p) in parts)), None)
     if isinstance(pattern, tuple):
         wrong = [_mismatch(value, one, where) for one in pattern]
         return None if None in wrong else wrong[0]

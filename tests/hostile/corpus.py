@@ -808,6 +808,13 @@ def site_in_the_place_of_another(folder: Path) -> tuple[str, str]:
 
 
 @case
+def site_in_a_place_of_three_names(folder: Path) -> tuple[str, str]:
+    """A place is no module and parameter."""
+    change_both(folder / "coded", lambda sites: sites[SITE].update(places=[["a", "b", "c"]]))
+    return "export coded new --to dense", "places"
+
+
+@case
 def layout_of_a_list(folder: Path) -> tuple[str, str]:
     """The sites in the config are a list."""
     change_json(folder / "coded" / "config.json", lambda c: c["quantization_config"].update(sites=[1, 2]))

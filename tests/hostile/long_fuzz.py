@@ -1,4 +1,4 @@
-"""Long runs of coverage-guided fuzzing of one reader, with Atheris: `python long_fuzz.py READER [options of libFuzzer]`.
+"""Long runs of fuzzing one reader by coverage, with Atheris: `python long_fuzz.py READER [options of libFuzzer]`.
 
 The readers are json, safetensors, record, coded, trellis, and the kinds of data files by their endings. Whatever is no
 TersorError ends the run, and the input that did it is kept in the current folder.

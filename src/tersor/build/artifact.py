@@ -24,14 +24,14 @@ from tersor.forms import Operator, form_named, setting_of, settings_of
 from tersor.models.files import Checkpoint, open_checkpoint, read_tensors, write_safetensors, write_text
 from tersor.models.sites import Site, walk
 from tersor.plan import PLAN, Choice
-from tersor.run.facts import JUDGEMENT, UNTOUCHED_ROWS
+from tersor.run.facts import JUDGEMENT, PLACES, UNTOUCHED_ROWS
 
 VERSION = 1
 WEIGHTS = "model.safetensors"
 RECORD = "tersor.json"
 MOST_BYTES = 8  # an entry of a matrix that an operator may take, beside `SPARE_BYTES`
 SPARE_BYTES = 1 << 16
-SITES = {str: {"form": str, "setting": {str: object}, "places": [[str]]}}
+SITES = {str: {"form": str, "setting": {str: object}, "places": PLACES}}
 FORMAT = {
     "model": {"kind": str, "source": str, "fingerprint": str, "stored_bytes": POSITIVE},
     "divergence": str,
@@ -108,8 +108,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     named = {choice["site"] for choice in record["plan"]["choices"]} | set(record["sites"])
     if not named <= set(record["site_weights"]):
         raise TersorError(f"{path} is damaged: its site_weights lack {min(named - set(record['site_weights']))}.")
-    if any(len(row) != 4 or [type(v) for v in row] != [str, int, int, str] for row in record["untouched"]):
-        raise TersorError(f"{path} is damaged: untouched are not rows of a name, weights, bytes and a reason.")
     return record
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tersor.foreign import COUNT, NUMBER, POSITIVE
+from tersor.foreign import COUNT, NUMBER, POSITIVE, Row
 
 ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER}
 SIZES = {"stored": COUNT, "resident": COUNT, "peak": COUNT, "flops": COUNT}
@@ -22,16 +22,17 @@ JUDGEMENT = {
     "latency_of_one?": (LATENCY, None),
     "predicted_speed?": (float, None),
 }
-UNTOUCHED_ROWS = [[(str, COUNT)]]
+PLACES = [Row((str, str))]
+UNTOUCHED_ROWS = [Row((str, COUNT, COUNT, str))]
 _SITE = {
-    "name": str, "kind": str, "places": [[str]], "parameter_shape": [POSITIVE], "dtype": str, "stack": POSITIVE,
-    "shape": [POSITIVE],
+    "name": str, "kind": str, "places": PLACES, "parameter_shape": [POSITIVE], "dtype": str, "stack": POSITIVE,
+    "shape": Row((POSITIVE, POSITIVE)),
 }  # fmt: skip
 _FACTS: dict[str, Any] = {
     "model": str,
     "divergence": str,
     "sites": [str],
-    "layout": {"sites": [_SITE], "prefixes": [str], "tensors": [[(str, [COUNT])]]},
+    "layout": {"sites": [_SITE], "prefixes": [str], "tensors": [Row((str, [COUNT], str))]},
     "stored_bytes": POSITIVE,
     "untouched": UNTOUCHED_ROWS,
     "opening": (
@@ -51,12 +52,12 @@ _FACTS: dict[str, Any] = {
     "certainty": ({"temperature": float, "is_certain": bool}, None),
     "damping": ({str: float}, None),
     "damping_evidence": [{"inputs": float, "gradients": float, "frequencies": float, "table": bool}],
-    "interaction": [[float]],
+    "interaction": [Row((float, float))],
     "drawn_for": ({"resources": [str], "left_out": [str]}, None),
     "latencies": {"machine": str, "whole": float, "calls": {str: [str]}, "layers": {str: {str: float}}},
 }  # fmt: skip
 _BY_PREFIX: dict[str, Any] = {
-    "gain/": {"gain?": float, "by_form?": {str: float}},
+    "gain/": {"gain?": float, "by_form?": {str: float}, "predicted?": float, "measured?": float},
     "seconds/": float,
     "judgement/": JUDGEMENT,
 }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.foreign import COUNT, LARGEST_JSON, check, parse_json, understood
+from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, understood
 from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
 from tersor.models.files import read_tensors, write_safetensors
 from tersor.run.facts import pattern_of
@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS ledger (plan TEXT, site TEXT, predicted REAL, measure
     PRIMARY KEY (plan, site));
 """
 _AGAIN = "; remove the run folder and study again"
+_LINE = Row((str, str, float, float, float, float))
 _WAL = b"\x02\x02"  # bytes 18 and 19 of a database that keeps a log beside it, as a run never does
 
 
@@ -224,7 +225,7 @@ class Run:
 
     def ledger(self) -> list[tuple[str, str, float, float, float, float]]:
         rows = self._rows("SELECT plan, site, predicted, measured, low, high FROM ledger")
-        return check(rows, [[(str, float)]], self.folder / "run.db", "ledger")  # type: ignore[no-any-return]
+        return check(rows, [_LINE], self.folder / "run.db", "ledger")  # type: ignore[no-any-return]
 
 
 def setting_key(candidate: Candidate) -> str:
