@@ -21,7 +21,8 @@ from tersor.steps import compress, judge_artifact
 @pytest.mark.parametrize(
     ("value", "pattern"),
     [
-        (3, COUNT), (0, COUNT), (1, POSITIVE), (-3, int), (2, float), (0.5, float), (float("nan"), NUMBER), ("a b", str),
+        (3, COUNT), (0, COUNT), (1, POSITIVE), (-3, int), (2, float), (0.5, float), (float("nan"), NUMBER),
+        ("a b", str),
         (None, (str, None)), ([1, 2], [COUNT]), ([], [str]), (["a", 1], Row((str, int))), ({"x": [1]}, {str: [int]}),
         ({"a": 1, "c": None}, {"a": int, "b?": str}), ([[{}]], object),
     ],
@@ -92,12 +93,12 @@ def test_an_artifact_of_a_module_is_verified_with_it(tmp_path: Path, quick: dict
     assert [one.name for one in verify(out)] == ["hashes", "settings"]
     assert [one.name for one in verify(out, original())] == ["hashes", "settings", "operators"]
     with pytest.raises(TersorError, match="was not judged"):
-        verify(out, original(), data)  # type: ignore[arg-type]
+        verify(out, original(), data)
     found = judge_artifact(original(), out, data)
-    last = verify(out, original(), data)[-1]  # type: ignore[arg-type]
+    last = verify(out, original(), data)[-1]
     assert last.name == "divergence" and last.found.startswith(f"{found.divergence.value:.4g}")
     with pytest.raises(TersorError, match="is not the data"):
-        verify(out, original(), data[:-1])  # type: ignore[arg-type]
+        verify(out, original(), data[:-1])
     record = json.loads((out / "tersor.json").read_text())
     (out / "tersor.json").write_text(json.dumps({**record, "weights_bytes": record["weights_bytes"] + 1}))
     with pytest.raises(TersorError, match=r"takes .* bytes, but weights_bytes"):

@@ -18,9 +18,9 @@ from tersor.build import operators_of
 from tersor.build.artifact import RECORD, WEIGHTS, read_record, sha256
 from tersor.build.layers import decoded_of
 from tersor.build.load import load
-from tersor.data import Data, read_data
+from tersor.data import read_data
 from tersor.errors import TersorError
-from tersor.judge.artifact import adopt, plan_of
+from tersor.judge.artifact import Source, adopt, plan_of
 from tersor.judge.judge import compared
 from tersor.models import Model
 from tersor.models.config import read_config
@@ -42,7 +42,7 @@ class Verified:
 def verify(
     out: str | Path,
     original: Model | None = None,
-    data: str | Path | Data | None = None,
+    data: Source | None = None,
     progress: Progress = lambda *_: None,
 ) -> list[Verified]:
     """All that holds of an artifact. A module of one's own is needed, as `original`, to load what was made of it.
@@ -109,9 +109,7 @@ def _operators(out: Path, record: dict[str, Any], original: Model | None, progre
     return Verified(OPERATORS, f"{len(operators)} decoded")
 
 
-def _divergence(
-    out: Path, record: dict[str, Any], original: Model, data: str | Path | Data, progress: Progress
-) -> Verified:
+def _divergence(out: Path, record: dict[str, Any], original: Model, data: Source, progress: Progress) -> Verified:
     """The divergence, measured as it was judged, lies in the interval that was found then."""
     judged, on = record.get("judgement"), record.get("judged_on")
     if judged is None or on is None:
