@@ -1,7 +1,7 @@
 """The errors a user may meet.
 
 Every error of Tersor is a `TersorError` whose message is one sentence: what was wrong, where, and what to do.
-The command line prints that sentence and exits with status 1; from Python it is raised as it is.
+The command line prints that sentence and exits with status 2; from Python it is raised as it is.
 """
 
 

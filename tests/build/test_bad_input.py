@@ -86,9 +86,13 @@ def test_spoiled_checkpoints(how: str, make_checkpoint: Maker, tokens: Tokens, q
 
 def test_an_index_that_lies(make_checkpoint: Maker) -> None:
     folder = make_checkpoint("mistral")
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index.write_text(json.dumps({"weight_map": {}}))
+    sentence(lambda: tersor.open_model(folder), "both model.safetensors and")
+    single.unlink()
     for text, named in (
-        ("{", "not a safetensors index"),
+        ("{", "not valid JSON"),
+        ("[]", "not an object"),
         (json.dumps({"weight_map": {"a": "part-2.safetensors"}}), "part-2.safetensors, which is missing"),
         (json.dumps({"weight_map": {"a": "../secret.safetensors"}}), "outside of the folder"),
     ):

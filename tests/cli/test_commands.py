@@ -111,7 +111,7 @@ def test_forms_may_be_restricted(tersor: Callable[..., Any]) -> None:
     assert {f["form"] for f in made["forms"]} <= {"coded", "untouched"}
     assert made["plan"]["name"] == "20%,coded"
     refused = tersor(*arguments, "lowrank")  # compress draws what its budget needs
-    assert refused.exit_code == 1 and "drawn in part only in demo/small.run; call `tersor study`" in refused.stderr
+    assert refused.exit_code == 2 and "drawn in part only in demo/small.run; call `tersor study`" in refused.stderr
 
 
 def test_sites_alone_go_into_the_ledger(demo: Path, tersor: Callable[..., Any]) -> None:

@@ -70,7 +70,7 @@ def bad_files(demo: Path) -> Path:
 def test_one_sentence_and_nothing_left(line: str, bad_files: Path, tersor: Callable[..., Any]) -> None:
     before = {p.relative_to(bad_files) for p in bad_files.rglob("*")}
     result = tersor(*line.split())
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert BAD[line] in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
     assert {p.relative_to(bad_files) for p in bad_files.rglob("*")} == before

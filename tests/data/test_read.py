@@ -86,11 +86,11 @@ def test_iterables() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "missing": (None, "does not exist"),
     "empty.txt": ("\n\n", "is empty"),
-    "broken.jsonl": ('{"text": "a"}\n{"text": ', "could not be read"),
+    "broken.jsonl": ('{"text": "a"}\n{"text": ', "Line 2 of .* is not valid JSON"),
     "two.csv": ("a,b\nx,y\n", "has the columns a, b; name one"),
     "strange.xyz": ("?", "unknown kind"),
     "broken.npz": ("no archive", "could not be read"),
-    "broken.safetensors": ("no tensors", "could not be read"),
+    "broken.safetensors": ("no tensors", "damaged or no safetensors file"),
     "broken.parquet": ("no table", "could not be read"),
 }
 

@@ -193,7 +193,7 @@ def _config(model: Model) -> dict[str, Any] | None:
     folder = getattr(model, "folder", None)
     if folder is None:
         return None
-    from tersor.models.huggingface import read_config
+    from tersor.models.config import read_config
 
     return read_config(folder)
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.build.artifact import empty_operators
 from tersor.curves.draw import fit_site, site_metrics
 from tersor.engine import map_units
-from tersor.forms import Operator, as_values, form_named, setting_of, settings_of, stacked
+from tersor.foreign import parse_json
+from tersor.forms import Operator, as_values, form_named, setting_of, stacked
 from tersor.metrics import Metric
 from tersor.models.model import Model
 from tersor.models.sites import Site
@@ -68,13 +70,13 @@ def fits_of(
 
 def load_fit(run: Run, site: Site, choice: Choice) -> Fit:
     """The fit of a choice that stands in the run."""
-    form = form_named(choice.form)
     stored = run.tensors(_file(choice))
-    values = json.loads(bytes(stored["setting"].tolist()))
-    operators = [form.empty(site.shape, setting) for setting in settings_of(setting_of(form, values), site.stack)]
-    for number, operator in enumerate(operators):
-        operator.load_state_dict({k.split("|")[1]: v for k, v in stored.items() if k.startswith(f"{number}|")})
-    return Fit(operators, float(stored["divergence"]))
+    with run.reading(_file(choice)):
+        values = parse_json(bytes(stored["setting"].tolist()), f"The setting of {choice.site}")
+        operators = empty_operators(site.name, site, choice.form, values)
+        for number, operator in enumerate(operators):
+            operator.load_state_dict({k.split("|")[1]: v for k, v in stored.items() if k.startswith(f"{number}|")})
+        return Fit(operators, float(stored["divergence"]))
 
 
 def fit_choice(weights: Tensor, metrics: list[Metric], choice: Choice) -> Fit:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tersor.build.activations import Activations, InputRounding
+from tersor.coding import StreamError
 from tersor.errors import TersorError
+from tersor.foreign import understood
 from tersor.forms import Operator
 from tersor.models.sites import Site
 
@@ -270,12 +272,21 @@ class decoded:
     """A context in which the operators of a module keep their decoded weights: faster, at the original's memory."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.operators = list(operators_of(module).values())
+        self.operators = operators_of(module)
 
     def __enter__(self) -> None:
-        for operator in self.operators:
-            operator._decoded = operator.decode()
+        for name, operator in self.operators.items():
+            operator._decoded = decoded_of(name, operator)
 
     def __exit__(self, *_: object) -> None:
-        for operator in self.operators:
+        for operator in self.operators.values():
             operator._decoded = None
+
+
+def decoded_of(name: str, operator: Operator) -> Tensor:
+    """The matrix of an operator; raises TersorError, naming the operator, where its tensors are none of its form."""
+    try:
+        with understood(f"The weight {name}"):
+            return operator.decode()
+    except StreamError as error:
+        raise TersorError(f"The weight {name} is damaged: {error}") from error

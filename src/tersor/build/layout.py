@@ -6,6 +6,7 @@ without opening the model again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tersor.build.activations import Activations, InputRounding
 from tersor.build.layers import layer_for
+from tersor.foreign import understood
 from tersor.forms import Operator, form_named, setting_of, settings_of
 from tersor.models.files import DTYPES, file_bytes
 from tersor.models.sites import Site
@@ -98,19 +100,22 @@ class Layout:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
         """The inverse of `as_json`."""
-        sites = tuple(
-            Site(
-                s["name"],
-                s["kind"],
-                tuple((m, p) for m, p in s["places"]),
-                tuple(s["parameter_shape"]),
-                _BY_NAME[s["dtype"]],
-                s["stack"],
-                (s["shape"][0], s["shape"][1]),
+        with understood("The layout of the run"):
+            sites = tuple(
+                Site(
+                    s["name"],
+                    s["kind"],
+                    tuple((m, p) for m, p in s["places"]),
+                    tuple(s["parameter_shape"]),
+                    _BY_NAME[s["dtype"]],
+                    s["stack"],
+                    (s["shape"][0], s["shape"][1]),
+                )
+                for s in value["sites"]
             )
-            for s in value["sites"]
-        )
-        tensors = tuple((name, tuple(shape), _BY_NAME[dtype]) for name, shape, dtype in value["tensors"])
+            tensors = tuple((name, tuple(shape), _BY_NAME[dtype]) for name, shape, dtype in value["tensors"])
+            if any(math.prod(s.parameter_shape) != s.parameters for s in sites):
+                raise ValueError("a site has other shapes than its weight")
         return cls(sites, tuple(value["prefixes"]), tensors)
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.build.artifact import WEIGHTS, install_empty, load_weights, read_record
+from tersor.build.artifact import WEIGHTS, check_fit, install_empty, load_weights, read_record, refuse_not_finite
 from tersor.build.expand import plain
+from tersor.build.layers import operators_of
 from tersor.coding import StreamError
 from tersor.engine import map_units
 from tersor.errors import TersorError
+from tersor.foreign import understood
 from tersor.forms import Operator
 from tersor.models.files import open_checkpoint
 
@@ -52,7 +54,11 @@ def load(
     record = read_record(folder)
     try:
         module = _load(folder, record, model, device, dtype, progress)
-        return module if mode == "small" else plain(module, dtype)
+        refuse_not_finite(module, folder)
+        if mode == "small":
+            return module
+        with understood(folder / WEIGHTS):
+            return plain(module, dtype)
     except StreamError as error:
         raise TersorError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
@@ -114,27 +120,29 @@ def _call(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -
 
 
 def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
-    from tersor.models.huggingface import model_class, quiet_transformers, read_config, refuse_mismatched
+    from tersor.models import config as c
 
-    config = read_config(folder)
-    open_checkpoint(folder)
-    cls, _ = model_class(config)
+    config, checkpoint = c.read_config(folder), open_checkpoint(folder / WEIGHTS)
+    cls, _ = c.model_class(folder, config)
     register()
-    with quiet_transformers():
-        try:
-            module, info = cls.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-        except TersorError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".!")
-            raise TersorError(f"{folder} could not be loaded: {reason}.") from error
-    refuse_mismatched(folder / WEIGHTS, info)
+    empty = c.laid_out(folder, cls, config, checkpoint)
+    install_empty(empty, (config.get("quantization_config") or {}).get("sites", {}))
+    c.refuse_too_large(folder, empty, checkpoint)
+    check_fit(empty.state_dict(), checkpoint)
+    for name, operator in operators_of(empty).items():
+        lacking = [key for key in operator.state_dict() if f"{name}.{key}" not in checkpoint.entries]
+        if lacking:
+            raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: it lacks {name}.{lacking[0]}.")
+    with c.quiet_transformers(), c.opened_as(folder, cls):
+        module, info = cls.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **c.SAFELY,
+        )
+    c.refuse_mismatched(folder / WEIGHTS, info)
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if wrong:
         raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: {wrong[0]} is on one side only.")

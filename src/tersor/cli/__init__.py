@@ -30,6 +30,8 @@ from tersor.cli.show import EXAMPLE as SHOW
 from tersor.cli.show import show
 from tersor.cli.study import EXAMPLE as STUDY
 from tersor.cli.study import study
+from tersor.cli.verify import EXAMPLE as VERIFY
+from tersor.cli.verify import verify
 
 COMMANDS = (
     (compress, COMPRESS),
@@ -38,6 +40,7 @@ COMMANDS = (
     (plan, PLAN),
     (build, BUILD),
     (judge, JUDGE),
+    (verify, VERIFY),
     (export, EXPORT),
     (show, SHOW),
     (report, REPORT),

@@ -25,7 +25,7 @@ from tersor.errors import TersorError
 
 P = ParamSpec("P")
 Progress = Callable[[str, str, int, int], Any]
-INTERRUPTED = 130
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # what the user gave, what happened on the way, what the user stopped
 STEPS = {
     "start": "Starting",
     "observe": "Observing the model",
@@ -39,6 +39,7 @@ STEPS = {
     "probe plans": "Measuring whole plans",
     "judge": "Judging on held-out data",
     "judge sites": "Judging every site alone",
+    "verify": "Verifying",
     "report": "Writing the report",
     "export": "Exporting",
 }
@@ -59,7 +60,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             if getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            _fail(sentence_of(error), 1)
+            refused = isinstance(error, TersorError) and not _is_full(error)
+            _fail(sentence_of(error), REFUSED if refused else FAILED)
 
     return run
 
@@ -71,11 +73,8 @@ def _fail(sentence: str, status: int) -> None:
 
 def sentence_of(error: Exception) -> str:
     """One sentence for the user; what nobody foresaw leaves its traceback in a file for a report."""
-    chain = list(_causes(error))
-    text = " ".join(str(error).split())
-    if any(e.errno == errno.ENOSPC for e in chain if isinstance(e, OSError)) or any(
-        words in str(e) for e in chain for words in ("No space left", "disk is full")
-    ):
+    text = _printable(" ".join(str(error).split()))
+    if _is_full(error):
         where = f" ({text})" if isinstance(error, TersorError) else ""
         return f"The disk is full; free some space and give the same command again, it goes on where it stopped{where}."
     if isinstance(error, TersorError):
@@ -84,8 +83,21 @@ def sentence_of(error: Exception) -> str:
         return "Memory ran out; try a smaller --batch-size or --sequence-length, or fewer --workers."
     with tempfile.NamedTemporaryFile("w", prefix="tersor-", suffix=".log", delete=False) as file:
         file.write("".join(traceback.format_exception(error)))
-    first = text[:200] or "no message"
+    first = text[:200].rstrip(".") or "no message"
     return f"{type(error).__name__}: {first}. This was not foreseen; please report it with {file.name}."
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk is full."""
+    chain = list(_causes(error))
+    return any(e.errno == errno.ENOSPC for e in chain if isinstance(e, OSError)) or any(
+        words in str(e) for e in chain for words in ("No space left", "disk is full")
+    )
+
+
+def _printable(text: str) -> str:
+    """Text without what would steer a terminal: names come from files of strangers."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -59,8 +59,8 @@ class Limit:
         found: list[tuple[Floats, Floats]] = [(np.zeros(0), np.zeros(0))]
         for site in sites:
             if run.has_tensors(_file_of(site)):
-                stored = {name: tensor.double().numpy() for name, tensor in run.tensors(_file_of(site)).items()}
-                found.append((stored["counts"], stored["energies"] * run.gain(site.name, "int")))
+                counts, energies = _stored(run, site)
+                found.append((counts, energies * run.gain(site.name, "int")))
         counts, energies = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(-energies, kind="stable")
         return cls(counts[order], energies[order], fixed, Interaction.of(run))
@@ -146,6 +146,15 @@ def spectrum(weights: Tensor, metrics: Sequence[Metric]) -> tuple[Tensor, Tensor
             sums += torch.bincount(bins, (rows[:, None] * columns).flatten(), minlength=size)
     found = sums > 0
     return counts[found], sums[found] / counts[found]
+
+
+def _stored(run: Run, site: Site) -> tuple[Floats, Floats]:
+    stored = run.tensors(_file_of(site))
+    with run.reading(_file_of(site)):
+        counts, energies = (stored[name].double().numpy() for name in ("counts", "energies"))
+        if counts.shape != energies.shape or counts.ndim != 1 or not (np.append(counts, energies) > 0).all():
+            raise ValueError("its counts and energies do not go together")
+    return counts, energies
 
 
 def _eigenvalues(side: Side) -> Tensor:

@@ -7,7 +7,8 @@ Text: `.txt` (a text a line), `.jsonl`, `.csv`, `.parquet` with a column, a `dat
 from __future__ import annotations
 
 import csv
-import json
+import math
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from tersor.errors import TersorError
+from tersor.foreign import parse_json, read_header, refuse_links
 
+LARGE, RATIO = 1 << 28, 100  # bytes from which a file may not hold more than so many times what it takes
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -80,7 +83,7 @@ def read_data(source: str | Path | Data | Sequence[Any], column: str | None = No
     except TersorError:
         raise
     except Exception as error:
-        raise TersorError(f"The data file {path} could not be read: {_first_line(error)}") from error
+        raise TersorError(f"The data file {path} could not be read: {_first_line(error)}.") from error
     if not len(data):
         raise TersorError(f"The data file {path} is empty.")
     return data
@@ -92,10 +95,13 @@ def read_pairs(source: str | Path) -> tuple[list[str], list[str], np.ndarray]:
     if not path.exists():
         raise TersorError(f"The file of pairs {path} does not exist.")
     try:
-        rows = [json.loads(line) for line in _lines(path)] if path.suffix == ".jsonl" else list(_csv(path))
+        rows = list(_rows(path)) if path.suffix == ".jsonl" else list(_csv(path))
         first, second, scores = [str(r[0]) for r in rows], [str(r[1]) for r in rows], [float(r[2]) for r in rows]
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise TersorError(f"The file of pairs {path} must hold text, text, score on every line: {error}.") from error
+    except (ValueError, IndexError, KeyError, TypeError, OSError, csv.Error) as error:
+        reason = _first_line(error)
+        raise TersorError(f"The file of pairs {path} must hold text, text, score on every line: {reason}.") from error
+    if not all(map(math.isfinite, scores)):
+        raise TersorError(f"The file of pairs {path} has a score that is NaN or infinite.")
     if len(rows) < 3:
         raise TersorError(f"The file of pairs {path} has {len(rows)} lines; a rank correlation needs at least 3.")
     return first, second, np.array(scores)
@@ -127,25 +133,40 @@ def _read(path: Path, column: str | None) -> Data:
     name = str(path)
     if path.is_dir():
         return _read_folder(path, column)
+    if not path.is_file():
+        raise TersorError(f"The data file {path} is no regular file.")
     suffix = path.suffix.lower()
     if suffix in (".npz", ".npy", ".safetensors"):
         return _read_arrays(path)
     if suffix == ".txt":
         return Data(name, texts=list(_lines(path)))
     if suffix in (".jsonl", ".json"):
-        rows = [json.loads(line) for line in _lines(path)]
+        rows = list(_rows(path))
         if all(isinstance(row, str) for row in rows):
             return Data(name, texts=rows)
+        strange = next((k for k, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+        if strange is not None:
+            raise TersorError(
+                f"The data file {path} must hold a text or an object on every line, unlike line {strange}."
+            )
         return _from_columns(name, {k: [row.get(k) for row in rows] for k in (rows[0] if rows else {})}, column)
     if suffix == ".csv":
         rows = list(_csv(path))
-        if column is not None and column.isdigit():
-            return Data(name, texts=[row[int(column)] for row in rows])
+        number = int(column) if column is not None and column.isdigit() else None
+        least = (len(rows[0]) if rows else 0) if number is None else number + 1
+        short = next((k for k, row in enumerate(rows, 1) if len(row) < least), None)
+        if short is not None:
+            raise TersorError(f"The data file {path} has {len(rows[short - 1])} columns in row {short}, not {least}.")
+        if number is not None:
+            return Data(name, texts=[row[number] for row in rows])
         header, *body = rows or [[]]
         return _from_columns(name, {k: [row[i] for row in body] for i, k in enumerate(header)}, column)
     if suffix == ".parquet":
         import pyarrow.parquet as parquet
 
+        claimed = parquet.read_metadata(path)
+        parts = [claimed.row_group(k).total_byte_size for k in range(claimed.num_row_groups)]
+        _refuse_bomb(path, max(sum(parts), claimed.num_rows))
         return _from_columns(name, parquet.read_table(path).to_pydict(), column)
     raise TersorError(
         f"The data file {path} is of an unknown kind; Tersor reads .txt, .jsonl, .csv, .parquet, .npz, .safetensors, "
@@ -157,6 +178,7 @@ def _read_folder(path: Path, column: str | None) -> Data:
     if (path / "dataset_info.json").exists() or (path / "state.json").exists():
         import datasets
 
+        refuse_links(path)
         loaded = datasets.load_from_disk(str(path))
         return _from_columns(str(path), {k: list(loaded[k]) for k in loaded.column_names}, column)
     images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -174,8 +196,12 @@ def _read_arrays(path: Path) -> Data:
     if path.suffix == ".safetensors":
         from safetensors.numpy import load_file
 
+        read_header(path)
         arrays = dict(load_file(path))
     else:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _refuse_bomb(path, sum(entry.file_size for entry in archive.infolist()))
         loaded = np.load(path, allow_pickle=False)
         arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else {k: loaded[k] for k in loaded.files}
     labels = next((v for k, v in arrays.items() if k.lower() in ("labels", "label", "y", "targets")), None)
@@ -183,6 +209,10 @@ def _read_arrays(path: Path) -> Data:
     if not inputs:
         raise TersorError(f"The data file {path} has no array of inputs.")
     values = max(inputs, key=lambda v: v.size)
+    if values.dtype.kind not in "biuf":
+        raise TersorError(f"The data file {path} has inputs of the kind {values.dtype}, which are no numbers.")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise TersorError(f"The data file {path} has NaN or infinite entries.")
     return Data(str(path), arrays=values, labels=labels if labels is not None and len(labels) == len(values) else None)
 
 
@@ -210,6 +240,18 @@ def _numbers(values: list[Any]) -> np.ndarray:
     return whole if (whole == numbers).all() else numbers
 
 
+def _refuse_bomb(path: Path, claimed: int) -> None:
+    """Raise TersorError for a file that claims to hold far more than it takes, before it is unpacked."""
+    if claimed > max(LARGE, RATIO * path.stat().st_size):
+        raise TersorError(f"The data file {path} would unpack to {claimed:,} bytes, over {RATIO} times what it takes.")
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """The values of a file of JSON, a line each."""
+    for number, line in enumerate(_lines(path), 1):
+        yield parse_json(line, f"Line {number} of {path}")
+
+
 def _lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf8") as file:
         for line in file:
@@ -223,4 +265,4 @@ def _csv(path: Path) -> Iterator[list[str]]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

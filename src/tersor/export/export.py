@@ -23,9 +23,10 @@ from tersor.build.load import load
 from tersor.errors import TersorError
 from tersor.export import compressed, gptq
 from tersor.export.grids import Grid, held_by
+from tersor.foreign import understood
 from tersor.forms.integers import IntOperator
+from tersor.models.config import quiet_transformers, read_config
 from tersor.models.files import copy_beside, staged, write_safetensors, write_text
-from tersor.models.huggingface import quiet_transformers, read_config
 
 FORMATS: dict[str, ModuleType] = {"compressed-tensors": compressed, "gptq": gptq}
 TARGETS = ("dense", *FORMATS)
@@ -74,7 +75,8 @@ def export(
         raise TersorError(f"{out} is a module of one's own, which {to} has no way to name; export it to dense.")
     module = load(out, model, dtype=dtype)
     held = {} if to == "dense" else _held(module, record, to, rest)
-    whole: Any = plain(module, dtype)
+    with understood(out / WEIGHTS):
+        whole: Any = plain(module, dtype)
     with staged(folder, last=RECORD) as target:
         if is_hf:
             copy_beside(out, target)

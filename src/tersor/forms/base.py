@@ -7,13 +7,17 @@ sizes depend on the weight, as those of entropy-coded integers do, a fit complet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, is_dataclass
+from types import UnionType
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from tersor.errors import TersorError
+from tersor.foreign import understood
 from tersor.metrics import Metric
 
 Shape = tuple[int, int]
@@ -185,10 +189,35 @@ def stacked(settings: Sequence[Any]) -> Any:
 
 
 def setting_of(form: Form, values: Mapping[str, Any]) -> Any:
-    """The setting, or the settings of a stack, of plain values."""
-    if "stack" in values:
-        return Stacked(tuple(form.setting(v) for v in values["stack"]))
-    return form.setting(values)
+    """The setting, or the settings of a stack, of plain values; raises TersorError where they are none."""
+    with understood(f"The setting of {form.name}"):
+        if "stack" in values:
+            return Stacked(tuple(setting_of(form, v) for v in values["stack"]))
+        setting = form.setting(values)
+        _check_types(form.name, setting)
+    return setting
+
+
+def _check_types(name: str, setting: Any) -> None:
+    """Raise TersorError for the first field of a setting whose value is not of the type it is declared with."""
+    for field, hint in get_type_hints(type(setting)).items():
+        value = getattr(setting, field)
+        if not _is_of(value, hint):
+            raise TersorError(f"{name}: {field} is {value!r}, which is not of its type.")
+        if is_dataclass(value):
+            _check_types(name, value)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        due = get_args(hint)
+        right = isinstance(value, tuple) and (due[-1] is ... or len(due) == len(value))
+        return right and all(_is_of(v, due[0]) for v in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return hint is Any or type(value) is hint
 
 
 def settings_of(setting: Any, count: int) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tersor.judge.judge import Judgement, judge
 from tersor.models import Model, Site, walk
 from tersor.models.compare import Reference, substituted
 from tersor.plan import UNTOUCHED, Plan
-from tersor.run import Run
+from tersor.run import Run, fingerprint_of
 
 Progress = Callable[[str, str, int, int], Any]
 Source = str | Path | Data | Sequence[Any]
@@ -46,7 +47,7 @@ def judge_artifact(
 ) -> Judgement:
     """Measure an artifact against the original on held-out data; writes the result beside it, and into the ledger."""
     out = Path(out)
-    plan = _plan_of(original, out)
+    plan = plan_of(original, out)
     read = None if pairs is None else read_pairs(pairs)
     held_out = read_data(data)
     batches = original.compact(original.batches(held_out, samples, sequence_length, batch_size, seed=0))
@@ -73,7 +74,8 @@ def judge_artifact(
         d = found.divergence
         run.enter(plan.name, "*", plan.divergence, (d.value, d.low, d.high))
         run.put(f"judgement/{plan.name}", found.as_json())
-    update_record(out, {"judgement": found.as_json()})
+    sizes = {"samples": samples, "sequence_length": sequence_length, "batch_size": batch_size}
+    update_record(out, {"judgement": found.as_json(), "judged_on": {"data": fingerprint_of(batches), **sizes}})
     return found
 
 
@@ -94,7 +96,7 @@ def judge_sites(
     as `PLACE (inputs)`. Writes the result beside it, and into the ledger of `run`.
     """
     out = Path(out)
-    plan = _plan_of(original, out)
+    plan = plan_of(original, out)
     batches = original.compact(original.batches(read_data(data), samples, sequence_length, batch_size, seed=0))
     built = adopt(original, out).module
     sites = {site.name: site for site in walk(original.module).sites}
@@ -138,6 +140,7 @@ def _rounding_inputs(original: Model, built: nn.Module, place: str) -> Iterator[
 def adopt(original: Model, out: Path) -> Model:
     """The artifact `out` as a model that takes the batches of `original`."""
     new = copy.copy(original)
+    new.identity = replace(original.identity, source=str(out))
     record = read_record(out)
     if record["model"]["kind"] == "huggingface":
         new.module = load(out, device=str(original.device), dtype=torch.float32)
@@ -146,7 +149,8 @@ def adopt(original: Model, out: Path) -> Model:
     return new
 
 
-def _plan_of(original: Model, out: Path) -> Plan:
+def plan_of(original: Model, out: Path) -> Plan:
+    """The plan of an artifact; raises TersorError where it was made from another model than `original`."""
     record = read_record(out)
     if record["model"]["fingerprint"] != original.identity.fingerprint:
         raise TersorError(f"{out} was made from another model than {original.identity.source}.")

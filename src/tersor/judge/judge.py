@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tersor.build import decoded
+from tersor.errors import TersorError
 from tersor.judge.costs import Latency, latency, peak_bytes, resident_bytes
 from tersor.judge.intervals import Estimate, mean_estimate
 from tersor.judge.scores import Score, pair_score, paired, score_all, spearman
@@ -74,20 +75,8 @@ def judge(
     progress: Progress = lambda *_: None,
 ) -> Judgement:
     """Compare two models that take the same batches, `one` of a single sample. `pairs` are texts with a score."""
-    before, after = [], []
-    with torch.no_grad(), decoded(new.module):
-        for number, batch in enumerate(batches):
-            progress("held-out data", number, len(batches))
-            before.append(original.outputs(batch).float().cpu())
-            after.append(new.outputs(batch).float().cpu())
+    before, after, values = compared(original, new, batches, progress)
     progress("scores, latency and memory", 0, 0)
-    units = [original.units(batch) for batch in batches]
-    values = np.concatenate(
-        [
-            mean_by_unit(original.divergence.compare(a, b).double(), u)
-            for a, b, u in zip(before, after, units, strict=True)
-        ]
-    )
     scores = score_all(original, batches, before, after)
     if pairs is not None:
         scores.append(_pairs(original, new, pairs, sequence_length))
@@ -102,7 +91,7 @@ def judge(
         mean_estimate(values),
         predicted,
         len(values),
-        sum(len(u) for u in units),
+        sum(len(original.units(batch)) for batch in batches),
         tuple(scores),
         sizes[0],
         sizes[1],
@@ -110,6 +99,27 @@ def judge(
         None if one is None else latency(original, new, one),
         predicted_speed,
     )
+
+
+def compared(
+    original: Model, new: Model, batches: Sequence[Batch], progress: Progress = lambda *_: None
+) -> tuple[list[Tensor], list[Tensor], np.ndarray]:
+    """The outputs of both models for every batch, on the CPU, and the divergence of every sample (samples,).
+
+    Raises TersorError where the new model gives NaN or infinity.
+    """
+    before, after, values = [], [], []
+    with torch.no_grad(), decoded(new.module):
+        for number, batch in enumerate(batches):
+            progress("held-out data", number, len(batches))
+            a, b = original.outputs(batch).float().cpu(), new.outputs(batch).float().cpu()
+            found = mean_by_unit(original.divergence.compare(a, b).double(), original.units(batch))
+            if not np.isfinite(found).all():
+                raise TersorError(f"{new.identity.source} gives NaN or infinity for batch {number + 1} of the data.")
+            before.append(a)
+            after.append(b)
+            values.append(found)
+    return before, after, np.concatenate(values)
 
 
 def _once(model: Model, batch: Batch) -> Any:

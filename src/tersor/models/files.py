@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tersor.errors import TersorError
+from tersor.foreign import check, read_header, read_json, refuse_links
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Checkpoint:
     entries: dict[str, tuple[Path, tuple[int, ...], torch.dtype | None]]
     file_bytes: int
     fingerprint: str
+
+    def refuse_empty(self) -> None:
+        """Raise TersorError for the first weight without entries; buffers of integers may be so."""
+        for name, (path, shape, dtype) in self.entries.items():
+            if 0 in shape and (dtype is None or dtype.is_floating_point):
+                raise TersorError(f"{path}: {name} has shape {shape}, which has no entries.")
 
     def dtype_of(self, name: str, default: torch.dtype) -> torch.dtype:
         entry = self.entries.get(name)
@@ -54,41 +63,60 @@ def open_checkpoint(source: Path) -> Checkpoint:
     """
     if not source.exists():
         raise TersorError(f"{source} does not exist.")
+    if source.suffix in PICKLES:
+        raise TersorError(f"{source} is a pickle, which can run code; convert it to safetensors first.")
     paths = [source] if source.is_file() else _files_of(source)
     entries: dict[str, tuple[Path, tuple[int, ...], torch.dtype | None]] = {}
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    part = file.get_slice(name)
-                    if name in entries:
-                        raise TersorError(f"{path} holds {name}, which {entries[name][0]} holds already.")
-                    entries[name] = path, tuple(part.get_shape()), _BY_NAME.get(part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise TersorError(f"{path} is damaged or no safetensors file: {error}.") from error
+        for name, part in read_header(path).items():
+            if name in entries:
+                raise TersorError(f"{path} holds {name}, which {entries[name][0]} holds already.")
+            entries[name] = path, part.shape, _BY_NAME.get(part.dtype)
         digest.update(_fingerprint(path))
+    _refuse_misplaced(source, entries)
     return Checkpoint(tuple(paths), entries, sum(p.stat().st_size for p in paths), digest.hexdigest()[:16])
 
 
+def _refuse_misplaced(source: Path, entries: Mapping[str, tuple[Path, Any, Any]]) -> None:
+    """Raise TersorError where the index of a folder has a tensor elsewhere than the headers have it."""
+    index = source / INDEX
+    for name, file in read_json(index)["weight_map"].items() if index.exists() else ():
+        if name not in entries or entries[name][0].name != file:
+            raise TersorError(f"{index} has {name} in {file}, which lacks it.")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises TersorError where it is damaged."""
+    read_header(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TersorError(f"{path} is damaged or no safetensors file: {error}.") from error
+    return tensors
+
+
 def _files_of(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    refuse_links(folder)
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists() and single.exists():
+        raise TersorError(f"{folder} has both {single.name} and {index.name}, so which of them counts is open.")
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise TersorError(f"{index} is not a safetensors index.") from error
-        paths = [folder / name for name in names]
-        for path, name in zip(paths, names, strict=True):
-            if path.resolve().parent != folder.resolve() and Path(name).name != name:
+        weights = check(read_json(index), {"weight_map": {str: str}}, index)["weight_map"]
+        names = sorted(set(weights.values()))
+        for name in names:
+            if Path(name).name != name:
                 raise TersorError(f"{index} names {name}, which lies outside of the folder.")
-            if not path.exists():
+            if Path(name).suffix != ".safetensors":
+                raise TersorError(f"{index} names {name}, which is no safetensors file.")
+            if not (folder / name).exists():
                 raise TersorError(f"{index} names {name}, which is missing.")
-        return paths
-    single = folder / "model.safetensors"
+        if not names:
+            raise TersorError(f"{index} names no file.")
+        return [folder / name for name in names]
     if single.exists():
         return [single]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+    if any(path.suffix in PICKLES for path in folder.iterdir()):
         raise TersorError(f"{folder} has weights as pickles only; convert them to safetensors first.")
     raise TersorError(f"{folder} has no model.safetensors.")
 
@@ -198,10 +226,14 @@ def is_alive(pid: int) -> bool:
 
 def copy_beside(source: Path, target: Path) -> None:
     """Copy what goes with a model (tokenizer, pooling, generation config), but no weights and no config."""
-    not_copied = ("config.json", "tersor.json", "model.safetensors.index.json", "README.md")
+    not_copied = ("config.json", "tersor.json", INDEX, "README.md")
     for path in sorted(source.iterdir()):
         if path.is_dir() and re.fullmatch(r"\d+_\w+", path.name) and (path / "config.json").exists():
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            shutil.copytree(path, target / path.name, ignore=_links, dirs_exist_ok=True)
         kept = path.suffix in (".json", ".txt", ".model", ".jinja", ".md") or path.name == "LICENSE"
         if path.is_file() and kept and path.name not in not_copied:
             shutil.copy2(path, target / path.name)
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if (Path(folder) / name).is_symlink()]

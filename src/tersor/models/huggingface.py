@@ -1,14 +1,12 @@
 """Opening a Hugging Face folder: the class its config names, its tokenizer, and what its outputs are.
 
 Weights are read from safetensors only and computed with in float32; missing or misshapen weights are errors, never
-silently drawn anew. Remote code stays off.
+silently drawn anew. Code that a folder brings along is never run.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,22 @@ from torch import Tensor, nn
 
 from tersor.data import Data
 from tersor.errors import TersorError
+from tersor.foreign import check, read_json
+from tersor.models.config import (
+    SAFELY,
+    laid_out,
+    model_class,
+    opened_as,
+    quiet_transformers,
+    read_config,
+    refuse_mismatched,
+    refuse_too_large,
+)
 from tersor.models.divergence import Divergence, divergence_named
 from tersor.models.files import Checkpoint, open_checkpoint
 from tersor.models.model import Batch, Identity, device_of
 
 IGNORED = -100
-_HEADS = (
-    ("ForCausalLM", "causal-lm"),
-    ("LMHeadModel", "causal-lm"),
-    ("ForConditionalGeneration", "seq2seq"),
-    ("ForMaskedLM", "masked-lm"),
-    ("ForSequenceClassification", "classifier"),
-    ("ForTokenClassification", "token-classifier"),
-)
 CHARACTERS = 4  # that make a token, roughly
 OF_TEXTS = ("encoder", "classifier", "regressor")  # heads with one prediction a text
 _DEFAULT_DIVERGENCE = {"encoder": "cosine", "regressor": "mse"}
@@ -66,7 +67,7 @@ class HuggingFaceModel:
             from transformers import AutoTokenizer
 
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+                self._tokenizer = AutoTokenizer.from_pretrained(self.folder, **SAFELY)
             except Exception as error:
                 raise TersorError(
                     f"{self.folder} has no tokenizer that transformers can read, so text cannot be used."
@@ -265,71 +266,27 @@ class HuggingFaceModel:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a folder; raises TersorError where it is missing or no JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        raise TersorError(f"{folder} has no config.json, so it is not a Hugging Face model folder.") from error
-    except ValueError as error:
-        raise TersorError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise TersorError(f"{path} must hold a JSON object.")
-    return config
-
-
-def model_class(config: dict[str, Any]) -> tuple[Any, str]:
-    """The transformers class that a config names, and the kind of its head."""
-    import transformers
-
-    architecture = (config.get("architectures") or ["?"])[0]
-    head = next((kind for suffix, kind in _HEADS if architecture.endswith(suffix)), "encoder")
-    if head == "classifier" and (config.get("problem_type") == "regression" or len(config.get("id2label", "xx")) == 1):
-        head = "regressor"
-    found = getattr(transformers, architecture, None)
-    if found is None:
-        if config.get("model_type") is None:
-            raise TersorError("config.json names neither an architecture nor a model_type that transformers knows.")
-        found, head = transformers.AutoModel, "encoder"
-    return found, head
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing load reports and progress bars of its own."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
     config = read_config(folder)
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "unknown")
         raise TersorError(f"{folder} is quantised already ({method}); compress the model that it was made from.")
-    cls, head = model_class(config)
-    with quiet_transformers():
-        try:
-            module, info = cls.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300].rstrip(".!")
-            raise TersorError(f"{folder} could not be opened as {cls.__name__}: {reason}.") from error
+    if (folder / "adapter_config.json").exists():
+        raise TersorError(f"{folder} is an adapter of another model (adapter_config.json); merge the two first.")
+    checkpoint.refuse_empty()
+    cls, head = model_class(folder, config)
+    empty = laid_out(folder, cls, config, checkpoint)
+    refuse_too_large(folder, empty, checkpoint)
+    _refuse_whole_numbers(empty, checkpoint)
+    with quiet_transformers(), opened_as(folder, cls):
+        module, info = cls.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **SAFELY,
+        )
     refuse_mismatched(folder, info)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -339,14 +296,16 @@ def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
     return module, head
 
 
-def refuse_mismatched(folder: Path, info: dict[str, Any]) -> None:
-    """Raise TersorError for the first weight whose shape in the file is not that of the model."""
-    for name, found, expected in sorted(info["mismatched_keys"]):
-        raise TersorError(f"{folder}: {name} has shape {tuple(found)}, but config.json asks for {tuple(expected)}.")
+def _refuse_whole_numbers(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise TersorError for a weight that is kept as whole numbers."""
+    for name, parameter in module.named_parameters():
+        path, _, dtype = checkpoint.entries.get(name, (None, None, None))
+        if dtype is not None and parameter.is_floating_point() and not dtype.is_floating_point:
+            raise TersorError(f"{path}: {name} is kept as {str(dtype).removeprefix('torch.')}, which no weight can be.")
 
 
 def _pooling(folder: Path) -> str:
     path = folder / "1_Pooling" / "config.json"
-    if path.exists() and json.loads(path.read_text()).get("pooling_mode_cls_token"):
-        return "cls"
-    return "mean"
+    if not path.exists():
+        return "mean"
+    return "cls" if check(read_json(path), {str: object}, path).get("pooling_mode_cls_token") else "mean"

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tersor.data import Data
 from tersor.errors import TersorError
 from tersor.models.divergence import Divergence, divergence_named
-from tersor.models.files import file_bytes, open_checkpoint
+from tersor.models.files import file_bytes, open_checkpoint, read_tensors
 from tersor.models.model import Batch, Identity, device_of
 
 
@@ -131,8 +130,8 @@ def open_module(
     if not isinstance(module, nn.Module):
         raise TersorError(f"The factory {spec} returned {type(module).__name__}, not a torch.nn.Module.")
     if weights is not None:
-        open_checkpoint(weights)
-        _load(module, load_file(weights), f"{weights} does not fit {spec}")
+        open_checkpoint(weights).refuse_empty()
+        _load(module, read_tensors(weights), f"{weights} does not fit {spec}")
     preprocess = getattr(namespace, "preprocess", None) or _normaliser(namespace)
     return ModuleModel(module, divergence or "kl", preprocess, spec, device)
 
@@ -142,6 +141,8 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], complaint: str) -> None
     for name, tensor in tensors.items():
         if name in state and tensor.shape != state[name].shape:
             raise TersorError(f"{complaint}: {name} has shape {tuple(tensor.shape)}, not {tuple(state[name].shape)}.")
+        if name in state and state[name].is_floating_point() != tensor.is_floating_point():
+            raise TersorError(f"{complaint}: {name} is kept as {tensor.dtype}, not as {state[name].dtype}.")
     lacking, strange = module.load_state_dict(tensors, strict=False)
     if lacking or strange:
         side, names = ("the file lacks", lacking) if lacking else ("the module lacks", strange)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tersor.errors import TersorError
 
 MINIMUM_WEIGHTS = 4096
+EXCLUDED = "excluded by a pattern"
 KINDS = ("linear", "transposed", "table", "convolution", "experts")
 
 
@@ -110,14 +111,13 @@ def walk(
     kept = []
     for site in found:
         if (include and not _matches(site.name, include)) or _matches(site.name, exclude):
-            untouched.append((site.parameter_name, site.parameters, site.nbytes, "excluded by a pattern"))
+            untouched.append((site.parameter_name, site.parameters, site.nbytes, EXCLUDED))
         else:
             kept.append(site)
-    for site in kept if check else ():
-        if not torch.isfinite(site.parameter(module)).all():
-            raise TersorError(
-                f"The weight {site.parameter_name} has NaN or infinite entries; mend the checkpoint first."
-            )
+    used = [*(s.parameter_name for s in kept), *(name for name, *_, why in untouched if why != EXCLUDED)]
+    for name in used if check else ():
+        if not torch.isfinite(module.get_parameter(name)).all():
+            raise TersorError(f"The weight {name} has NaN or infinite entries; mend the checkpoint first.")
     if not kept:
         raise TersorError(f"The model has no weight of at least {minimum} entries that could be approximated.")
     return Walk(tuple(kept), tuple(untouched))

@@ -70,10 +70,12 @@ def captured_share(run: Run, site: Site) -> float:
 
 def _load(run: Run, site: Site, part: str) -> dict[tuple[int, str, str], Summary]:
     grouped: dict[tuple[int, str, str], dict[str, Tensor]] = {}
-    for key, tensor in run.tensors(file_of(site, part)).items():
-        index, use, orientation, field = key.split("|")
-        grouped.setdefault((int(index), use, orientation), {})[field] = tensor
-    return {key: Summary.from_tensors(tensors) for key, tensors in grouped.items()}
+    stored = run.tensors(file_of(site, part))
+    with run.reading(file_of(site, part)):
+        for key, tensor in stored.items():
+            index, use, orientation, field = key.split("|")
+            grouped.setdefault((int(index), use, orientation), {})[field] = tensor
+        return {key: Summary.from_tensors(tensors) for key, tensors in grouped.items()}
 
 
 def _sum(summaries: list[Summary]) -> Summary:

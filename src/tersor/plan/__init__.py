@@ -2,10 +2,11 @@
 
 from tersor.plan.budget import Limits, parse_bytes, parse_limits
 from tersor.plan.latency import Latencies
-from tersor.plan.plan import UNTOUCHED, Choice, Interaction, Plan, Planner, fixed_bytes
+from tersor.plan.plan import PLAN, UNTOUCHED, Choice, Interaction, Plan, Planner, fixed_bytes
 from tersor.plan.solve import Option, Solution, front, hull, solve
 
 __all__ = [
+    "PLAN",
     "UNTOUCHED",
     "Choice",
     "Interaction",

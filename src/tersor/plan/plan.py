@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tersor.errors import TersorError, UnreachableBudget
+from tersor.foreign import COUNT, POSITIVE
 from tersor.forms import Candidate, Operator, as_values, form_named, settings_of
 from tersor.models.sites import Site
 from tersor.plan.budget import Limits
@@ -22,6 +23,14 @@ from tersor.plan.solve import Menu, Option, Solution, front, solve
 from tersor.run import Run
 
 UNTOUCHED = "untouched"
+CHOICE = {
+    "site": str, "form": str, "setting": {str: object}, "label": str, "stored": COUNT, "resident": COUNT,
+    "flops": COUNT, "divergence": float, "latency?": (float, None),
+}  # fmt: skip
+PLAN = {
+    "name": str, "choices": [CHOICE], "stored": POSITIVE, "resident": COUNT, "flops": COUNT, "divergence": float,
+    "gap?": float, "limits?": {str: object}, "latency?": (float, None), "latency_share?": (float, None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,13 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Plan:
-        return cls(**{**value, "choices": tuple(Choice(**c) for c in value["choices"])})
+        """The inverse of `as_json`, of a value that has the form of `PLAN`; what else it has is left out."""
+        choices = tuple(Choice(**_fields(Choice, c)) for c in value["choices"])
+        return cls(**{**_fields(cls, value), "choices": choices})
+
+
+def _fields(of: Any, value: dict[str, Any]) -> dict[str, Any]:
+    return {name: value[name] for name in of.__dataclass_fields__ if name in value}
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,8 @@ def ledger_figure(gains: Mapping[str, Mapping[str, float]], ledger: Ledger, unit
     figure = _figure(f"predicted ({unit})", f"measured ({unit})", height=480)
     figure.update_xaxes(type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
-    probes = [(n, g["predicted"], g["measured"]) for n, g in gains.items() if g["predicted"] > 0 and g["measured"] > 0]
+    known = [(name, gain.get("predicted", 0.0), gain.get("measured", 0.0)) for name, gain in gains.items()]
+    probes = [row for row in known if row[1] > 0 and row[2] > 0]
     alone = [(row[1], row[2], row[3]) for row in ledger if row[1] != "*" and row[2] > 0 and row[3] > 0]
     whole = [row for row in ledger if row[1] == "*" and row[2] > 0 and row[3] > 0]
     values = [v for _, a, b in probes + alone for v in (a, b)] + [v for row in whole for v in row[2:4]]

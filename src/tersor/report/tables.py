@@ -7,10 +7,12 @@ from statistics import median
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from tersor.export import Exported
+from tersor.judge.verify import Verified
 from tersor.plan import UNTOUCHED, Plan
 from tersor.report.account import Account
 from tersor.report.front import Point
@@ -247,6 +249,14 @@ def export_table(found: Exported) -> Table:
         _row(table, name, bytes_text(size), share_text(size, found.original_bytes))
     if found.packed:
         table.caption = f"{len(found.packed)} sites packed, {len(found.dense)} dense"
+    return table
+
+
+def verified_table(out: str, found: Sequence[Verified]) -> Table:
+    """All that holds of an artifact."""
+    table = _table(f"What holds of {escape(out)}", "", "found", left=2)
+    for one in found:
+        _row(table, one.name, one.found)
     return table
 
 

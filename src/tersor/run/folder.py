@@ -13,18 +13,19 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tersor.errors import TersorError
+from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, understood
 from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
-from tersor.models.files import is_alive, write_safetensors
+from tersor.models.files import is_alive, read_tensors, write_safetensors
+from tersor.run.facts import pattern_of
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -36,6 +37,9 @@ CREATE TABLE IF NOT EXISTS plans (name TEXT PRIMARY KEY, value TEXT NOT NULL, ma
 CREATE TABLE IF NOT EXISTS ledger (plan TEXT, site TEXT, predicted REAL, measured REAL, low REAL, high REAL,
     PRIMARY KEY (plan, site));
 """
+_AGAIN = "; remove the run folder and study again"
+_LINE = Row((str, str, float, float, float, float))
+_WAL = b"\x02\x02"  # bytes 18 and 19 of a database that keeps a log beside it, as a run never does
 
 
 class Run:
@@ -43,14 +47,42 @@ class Run:
 
     def __init__(self, folder: Path, *, create: bool = False) -> None:
         self.folder = folder
-        if not create and not (folder / "run.db").exists():
+        path = folder / "run.db"
+        if not create and not path.exists():
             raise TersorError(f"{folder} is no run folder: it has no run.db. `tersor study` makes one.")
+        self._refuse_strange_file(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / "run.db", timeout=30)
+            self._db = sqlite3.connect(path, timeout=30)
+            self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_JSON)
+            self._db.execute("PRAGMA trusted_schema = OFF")
+            self._refuse_strange_tables(path)
             self._db.executescript(_SCHEMA)
         except (sqlite3.DatabaseError, OSError) as error:
-            raise TersorError(f"{folder / 'run.db'} cannot be opened as a run: {error}.") from error
+            raise TersorError(f"{path} cannot be opened as a run: {error}.") from error
+
+    def _refuse_strange_file(self, path: Path) -> None:
+        """A link would have another database written to; a log beside one is written even by reading it."""
+        if path.is_symlink():
+            raise TersorError(f"{path} is a link; put the file itself in its place.")
+        if path.exists() and not path.is_file():
+            raise TersorError(f"{path} cannot be opened as a run: it is no regular file.")
+        if path.exists():
+            with path.open("rb") as file:
+                if file.read(20)[18:] == _WAL:
+                    raise TersorError(f"{path} cannot be opened as a run: it is another program's database.")
+
+    def _refuse_strange_tables(self, path: Path) -> None:
+        """Nothing but the tables of a run, as a run makes them: no view, no trigger, and nothing is added to others."""
+        with sqlite3.connect(":memory:") as fresh:
+            fresh.executescript(_SCHEMA)
+            known = set(fresh.execute("SELECT type, name, sql FROM sqlite_master"))
+        strange = [row for row in self._db.execute("SELECT type, name, sql FROM sqlite_master") if row not in known]
+        if strange:
+            self._db.close()
+            raise TersorError(
+                f"{path} cannot be opened as a run: its {strange[0][0]} {strange[0][1]!r} is none of a run."
+            )
 
     def close(self) -> None:
         self._db.close()
@@ -93,16 +125,24 @@ class Run:
 
     def get(self, name: str, default: Any = None) -> Any:
         rows = self._rows("SELECT value FROM facts WHERE name = ?", name)
-        return json.loads(rows[0][0]) if rows else default
+        return self._fact(name, rows[0][0]) if rows else default
+
+    def _fact(self, name: str, text: Any) -> Any:
+        value = parse_json(str(text), f"{self.folder / 'run.db'}: {name}")
+        return check(value, pattern_of(name), self.folder / "run.db", name)
 
     def facts(self, prefix: str) -> dict[str, Any]:
         """All facts whose names begin with `prefix`, by what follows it, in the order in which they were put."""
         rows = self._rows("SELECT name, value FROM facts WHERE substr(name, 1, ?) = ?", len(prefix), prefix)
-        return {name[len(prefix) :]: json.loads(value) for name, value in rows}
+        return {name[len(prefix) :]: self._fact(name, value) for name, value in rows}
 
     def put(self, name: str, value: Any) -> None:
+        """Keep a fact; one that stands there as it is writes nothing."""
+        text = json.dumps(value)
+        if self._rows("SELECT 1 FROM facts WHERE name = ? AND value = ?", name, text):
+            return
         with self._write() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, text))
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         try:
@@ -134,20 +174,29 @@ class Run:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors stored under `name`; raises TersorError where the file is damaged."""
-        path = self.folder / f"{name}.safetensors"
+        path = self._file(name)
         try:
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
-        except Exception as error:
-            raise TersorError(f"{path} is missing or damaged; remove the run folder and study again.") from error
+            return read_tensors(path)
+        except (OSError, TersorError) as error:
+            raise TersorError(f"{path} is missing or damaged{_AGAIN}.") from error
+
+    def _file(self, name: str) -> Path:
+        """The file of a name, which may come from a stranger's run: it must lie in the folder."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise TersorError(f"{path} lies outside of the run folder {self.folder}.")
+        return path
+
+    def reading(self, name: str) -> AbstractContextManager[None]:
+        """Inside, whatever goes wrong with the values of these tensors is a TersorError that names their file."""
+        return understood(self._file(name), _AGAIN)
 
     def has_tensors(self, name: str) -> bool:
         """Files are renamed when they are whole, so one that is there was finished."""
-        return (self.folder / f"{name}.safetensors").exists()
+        return self._file(name).exists()
 
     def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        path = self.folder / f"{name}.safetensors"
-        write_safetensors(path, tensors)
+        write_safetensors(self._file(name), tensors)
 
     def add_candidates(self, site: str, form: str, candidates: Iterable[Candidate], seconds: float) -> None:
         """Store the whole curve of one form at one site, at once."""
@@ -176,9 +225,14 @@ class Run:
     def candidates(self, site: str) -> Iterator[Candidate]:
         """All candidates of a site, smallest first."""
         query = "SELECT form, setting, stored, resident, flops, predicted FROM candidates WHERE site = ? "
+        path = self.folder / "run.db"
         for form, setting, stored, resident, flops, predicted in self._rows(query + "ORDER BY stored, predicted", site):
-            values = setting_of(form_named(form), json.loads(setting))
-            yield Candidate(form, values, Cost(stored, resident, flops), predicted)
+            check([stored, resident, flops], [COUNT], path, f"the cost of a candidate of {site}")
+            check(predicted, float, path, f"the divergence of a candidate of {site}")
+            values = parse_json(str(setting), f"{path}: a setting of {site}")
+            with understood(path):
+                found = setting_of(form_named(form), values)
+            yield Candidate(form, found, Cost(stored, resident, flops), predicted)
 
     def gain(self, site: str, form: str) -> float:
         """Measured over predicted for a probe of this form at a site, or of `int` where the form has none; else 1."""
@@ -191,10 +245,11 @@ class Run:
 
     def plan(self, name: str) -> dict[str, Any] | None:
         rows = self._rows("SELECT value FROM plans WHERE name = ?", name)
-        return json.loads(rows[0][0]) if rows else None
+        return parse_json(str(rows[0][0]), f"{self.folder / 'run.db'}: plan {name}") if rows else None
 
     def plans(self) -> list[str]:
-        return [row[0] for row in self._rows("SELECT name FROM plans ORDER BY made")]
+        names = [row[0] for row in self._rows("SELECT name FROM plans ORDER BY made")]
+        return check(names, [str], self.folder / "run.db", "plans")  # type: ignore[no-any-return]
 
     def enter(self, plan: str, site: str, predicted: float, measured: tuple[float, float, float]) -> None:
         """One line of the ledger; the site `*` is the whole model."""
@@ -202,7 +257,8 @@ class Run:
             db.execute("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?, ?, ?)", (plan, site, predicted, *measured))
 
     def ledger(self) -> list[tuple[str, str, float, float, float, float]]:
-        return self._rows("SELECT plan, site, predicted, measured, low, high FROM ledger")
+        rows = self._rows("SELECT plan, site, predicted, measured, low, high FROM ledger")
+        return check(rows, [_LINE], self.folder / "run.db", "ledger")  # type: ignore[no-any-return]
 
 
 def setting_key(candidate: Candidate) -> str:

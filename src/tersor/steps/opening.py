@@ -14,10 +14,12 @@ from tersor.build.artifact import stored_dtypes
 from tersor.build.layout import Layout
 from tersor.curves.limit import Limit
 from tersor.errors import TersorError
+from tersor.foreign import check
 from tersor.forms import form_named
 from tersor.models import Divergence, Model, Site, Walk, open_model, walk
-from tersor.plan import Latencies, Limits, Plan, Planner, parse_limits
+from tersor.plan import PLAN, Latencies, Limits, Plan, Planner, parse_limits
 from tersor.run import Run
+from tersor.run.facts import LASTING
 
 Progress = Callable[[str, str, int, int], Any]
 _AGAIN = "call `tersor study` with this run, its model and its data, which draws the rest"
@@ -132,7 +134,7 @@ def plan_named(run: Run, name: str) -> Plan:
     if value is None:
         known = ", ".join(run.plans()) or "none yet"
         raise TersorError(f"The run {run.folder} has no plan {name!r}; its plans are: {known}.")
-    return Plan.from_json({k: v for k, v in value.items() if k in Plan.__dataclass_fields__})
+    return Plan.from_json(check(value, PLAN, run.folder / "run.db", f"plan {name}"))
 
 
 def open_run(folder: str | Path) -> Run:
@@ -140,6 +142,9 @@ def open_run(folder: str | Path) -> Run:
     run = Run(Path(folder))
     if run.get("studied") is None:
         raise TersorError(f"The study in {folder} is not finished; call `tersor study` again to go on with it.")
+    lacking = [name for name in LASTING if run.get(name) is None]
+    if lacking:
+        raise TersorError(f"{run.folder / 'run.db'} is damaged: it has no {lacking[0]!r}.")
     return run
 
 
@@ -150,6 +155,9 @@ def reopen(folder: str | Path, device: str = "cpu") -> Study:
     if opening is None:
         raise TersorError(f"The study in {folder} was made of a module in memory; build from Python, with its model.")
     run.close()
+    place = Path(str(opening["model"]).rpartition(":")[0])
+    if place.resolve().is_relative_to(Path(folder).resolve()) and place.suffix == ".py":
+        raise TersorError(f"The run {folder} names {place}, which lies in it, as its model; a run brings no code.")
     return open_study(opening.pop("model"), folder, device=device, create=False, **opening)
 
 
