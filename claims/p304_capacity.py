@@ -127,7 +127,7 @@ if __name__ == "__main__":
     notes = [
         f"rank correlation with the divergence: Gaussian error {with_errors:.3f}, bits a weight {with_bits:.3f}, "
         f"difference {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
-        f"of the {int(codes.sum())} formats of integers, floats, vectors and sparse entries, of which the paper speaks: "
+        f"of the {int(codes.sum())} that are integers, floats, vectors or sparse, of which the paper speaks: "
         f"Gaussian error {of_codes:.3f}, bits {bits_of_codes:.3f}",
     ]
     holds = difference.low > 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tersor.build.artifact import RECORD, stored_dtypes, write_artifact
+from tersor.build.cut import damages_of
 from tersor.build.fits import Fit, fit_choice, fits_of, load_fit
 from tersor.build.layers import install
 from tersor.build.layout import Layout
@@ -78,9 +79,8 @@ def build(
     with staged(out, last=RECORD) as target:
         if folder is not None:
             copy_beside(folder, target)
-        size = write_artifact(
-            target, model.module, sites, built, dtypes, _config(model), _record(run, model, layout, plan)
-        )
+        record = _record(run, model, layout, plan) | {"cuts": damages_of(run, sites, built, fits)}
+        size = write_artifact(target, model.module, sites, built, dtypes, _config(model), record)
         if size != plan.stored:
             raise TersorError(
                 f"{out} takes {size} bytes, but {plan.stored} were predicted; please report this as a bug."
