@@ -110,7 +110,7 @@ def summary(script: Path, found: dict[str, Any] | None) -> Iterator[str]:
     """The rows of a script in the table of all, one for each of its tables."""
     command = f"`script/claims {script.stem}`"
     if found is None:
-        yield f"| {id_of(script)} | {title_of(script)} | | not run yet | | {command} | |"
+        yield f"| {id_of(script)} | {title_of(script)} | | | not run yet | {command} | |"
         return
     for number, table in enumerate(found["tables"] or [{"claim": title_of(script), "model": "", "measured": ""}]):
         verdict, seconds = (f"**{found['verdict']}**", f"{found['processor_seconds']:.0f}") if not number else ("", "")
@@ -140,7 +140,8 @@ def figure(value: float) -> str:
 
 def details(script: Path, found: dict[str, Any]) -> Iterator[str]:
     """A section with every pair that a script measured, those beside its claim too."""
-    yield f'\n## <a id="{script.stem}"></a>{id_of(script)}: {title_of(script)}'
+    named = "" if id_of(script) == script.stem else f"{id_of(script)} "
+    yield f'\n## <a id="{script.stem}"></a>{named}{title_of(script)}'
     for table in found["tables"]:
         yield ""
         if "pairs" not in table:
