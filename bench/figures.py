@@ -1,4 +1,4 @@
-"""Write docs/figures.md from the results in bench/results: what was measured, and the commands that repeat it.
+"""Write docs/figures.md, and a table of docs/forms.md, from bench/results: what was measured, and the commands for it.
 
 python bench/figures.py
 """
@@ -17,6 +17,8 @@ from models import NAMES
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[1] / "docs" / "figures.md"
+FORMS_PAGE = TARGET.with_name("forms.md")
+MARKS = "<!-- under both metrics: from bench/figures.py -->", "<!-- end -->"
 SCORES = {"minilm": "STS-B Spearman x 100", "babyllama": "perplexity", "pylm": "perplexity", "resnet56": "top-1 %"}
 FORMS = ("int", "coded", "lowrank", "int+lowrank")
 HEAD = """\
@@ -196,6 +198,27 @@ def _thousandths(row: dict[str, Any]) -> str:
     return "" if row["bytes"] is None else f"{1000 * row['divergence']['value']:.3f}"
 
 
+def metrics_table(found: dict[str, Any]) -> Iterator[str]:
+    more = "".join(f" --{k} {found[k]}" for k in ("every", "samples") if found[k] not in (None, 1))
+    yield f"\n**{found['model']}**, {found['sites']} sites at once (`script/bench metrics {found['model']}{more}`):\n"
+    yield "| form | setting of the first site | bits | identity | kronecker | ratio | difference |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in found["rows"]:
+        if "note" in row:
+            yield f"| {row['form']} | {row['note']} | | | | | |"
+            continue
+        bits, cells = [f"{row[k]['bits']:.2f}" for k in ("identity", "kronecker")], []
+        for kind in ("identity", "kronecker"):
+            d = row[kind]["divergence"]
+            cells.append(f"{d['value']:.4f} [{d['low']:.4f}, {d['high']:.4f}]")
+        gap = row["difference"]
+        worse = "**" if gap["high"] >= 0 else ""
+        yield (
+            f"| {row['form']} | {row['setting']} | {' / '.join(dict.fromkeys(bits))} | {' | '.join(cells)} | "
+            f"{worse}{row['ratio']['value']:.2f}{worse} | {gap['value']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] |"
+        )
+
+
 def _row(cell: dict[str, Any], name: str) -> dict[str, Any]:
     return next(row for row in cell["rows"] if row["name"] == name)
 
@@ -236,7 +259,12 @@ def main() -> None:
         if path.exists():
             lines += table(json.loads(path.read_text(encoding="utf8")))
     TARGET.write_text("\n".join(lines) + "\n", encoding="utf8")
-    print(f"written to {TARGET.name}")
+    tables = [RESULTS / f"metrics-{name}.json" for name in NAMES]
+    rows = [r for path in tables if path.exists() for r in metrics_table(json.loads(path.read_text(encoding="utf8")))]
+    page = FORMS_PAGE.read_text(encoding="utf8")
+    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+    FORMS_PAGE.write_text("\n".join([before + MARKS[0], *rows, MARKS[1]]) + after, encoding="utf8")
+    print(f"written to {TARGET.name} and {FORMS_PAGE.name}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ of the paired difference lies below zero.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +29,8 @@ from tersor.models import Model, open_model
 from tersor.models.compare import Reference
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # whose click model is that of the claims
-HOLDS, FAILS, SKIPPED = 0, 2, 77
+HOLDS, FAILS, UNTESTABLE, SKIPPED = 0, 2, 3, 77  # what needs a larger model or its training is untestable
+HAND_OVER = "TERSOR_CLAIM_JSON"  # the file to which a script, run by _run.py, adds its tables
 HEADER = 1e-4  # names and shapes of the same tensors may take some bytes more in the header of a file
 ASSETS = Path(os.environ.get("TERSOR_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 # The same for every method of a claim, so that only what the claim is about differs (shares of the mean diagonals).
@@ -141,29 +143,54 @@ def trial(subject: Subject, label: str, method: str | Method, budget: str = "100
 
 
 def verdict(claim: str, subject: Subject, pairs: list[Pair], notes: list[str] | None = None) -> int:
-    """Print the table of a claim and return its exit status."""
-    unit = subject.original.divergence.unit
-    print(f"{claim}\n{subject.name}, divergence in {unit}, {len(pairs[0].null.divergences)} held-out samples\n")
+    """Print the table of a claim, hand it over, and return its exit status."""
+    unit, rows = subject.original.divergence.unit, [_row(pair) for pair in pairs]
+    samples = len(pairs[0].null.divergences)
+    print(f"{claim}\n{subject.name}, divergence in {unit}, {samples} held-out samples\n")
     print(
         f"{'budget':16} {'null':22} {'method':22} {'bits':>5} {'null':>9} {'method':>9} {'ratio':>6}  difference [95 %]"
     )
-    holds = True
-    for pair in pairs:
-        null, method = pair.null.divergences.mean(), pair.method.divergences.mean()
-        gap = mean_estimate(pair.method.divergences - pair.null.divergences)
-        fair = pair.method.nbytes <= pair.null.nbytes * (1 + HEADER)
-        good = fair and gap.high < 0
-        holds = holds and (good or pair.shown)
-        remark = "" if fair else f"  {pair.method.nbytes / pair.null.nbytes - 1:+.2%} bytes"
-        remark += "  (beside the claim)" if pair.shown else ""
+    for row in rows:
+        null, method, gap = row["null"], row["method"], row["difference"]
+        more = method["bytes"] / null["bytes"] - 1
+        remark = "" if row["fair"] else f"  {more:+.2%} bytes"
+        remark += "  (beside the claim)" if row["shown"] else ""
         print(
-            f"{pair.budget:16} {pair.null.label:22} {pair.method.label:22} {pair.method.bits:5.2f} {null:9.4f} "
-            f"{method:9.4f} {method / null:6.2f}  {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]{remark}"
+            f"{row['budget']:16} {null['label']:22} {method['label']:22} {method['bits']:5.2f} "
+            f"{null['divergence']:9.4f} {method['divergence']:9.4f} {row['ratio']:6.2f}  "
+            f"{gap['value']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]{remark}"
         )
     for note in notes or ():
         print(note)
+    holds = all(row["holds"] or row["shown"] for row in rows)
     print(f"\nThe direction {'holds' if holds else 'does NOT hold'} at every budget tried.")
+    hand_over(claim, subject.name, notes, unit=unit, samples=samples, pairs=rows)
     return HOLDS if holds else FAILS
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    """A pair as plain values: whether the method's file is no larger, and whether it does less damage beyond chance."""
+    gap = mean_estimate(pair.method.divergences - pair.null.divergences)
+    fair = pair.method.nbytes <= pair.null.nbytes * (1 + HEADER)
+    null, method = (
+        {"label": t.label, "bytes": t.nbytes, "bits": t.bits, "divergence": float(t.divergences.mean())}
+        for t in (pair.null, pair.method)
+    )
+    return {
+        "budget": pair.budget, "null": null, "method": method, "ratio": method["divergence"] / null["divergence"],
+        "difference": asdict(gap), "fair": fair, "holds": fair and gap.high < 0, "shown": pair.shown,
+    }  # fmt: skip
+
+
+def hand_over(claim: str, model: str, notes: list[str] | None = None, **table: Any) -> None:
+    """Add a table to the file that `_run.py` names; does nothing where a script is run by itself.
+
+    A table is `pairs`, as `verdict` makes them, or for other shapes `columns`, `rows` and what was `measured` in short.
+    """
+    if path := os.environ.get(HAND_OVER):
+        known = json.loads(Path(path).read_text(encoding="utf8") or "[]")
+        known.append({"claim": claim, "model": model, "notes": notes or [], **table})
+        Path(path).write_text(json.dumps(known), encoding="utf8")
 
 
 def skip(why: str) -> NoReturn:

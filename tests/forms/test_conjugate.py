@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from conftest import spd
 from tersor.forms.conjugate import conjugate_gradients
 
 
 @pytest.mark.parametrize("alone", [None, 0])
-def test_as_many_steps_as_unknowns_solve_it(alone: int | None) -> None:
-    moment, target = spd(12, spread=0.5), torch.randn(3, 12, dtype=torch.float64)
+def test_as_many_steps_as_unknowns_solve_it(alone: int | None, make_moment: Callable[..., Tensor]) -> None:
+    moment, target = make_moment(12, spread=0.5), torch.randn(3, 12, dtype=torch.float64)
     start = torch.randn(3, 12, dtype=torch.float64)
 
-    def felt(x: torch.Tensor) -> torch.Tensor:
+    def felt(x: Tensor) -> Tensor:
         return x @ moment
 
     curvature = moment.diagonal().expand(3, 12)
@@ -23,7 +25,7 @@ def test_as_many_steps_as_unknowns_solve_it(alone: int | None) -> None:
     assert not torch.allclose(start, found)
 
 
-def test_the_solution_stays() -> None:
-    moment = spd(5)
+def test_the_solution_stays(make_moment: Callable[..., Tensor]) -> None:
+    moment = make_moment(5)
     solution = torch.randn(2, 5, dtype=torch.float64)
     assert torch.equal(conjugate_gradients(solution, torch.zeros(2, 5), lambda x: x @ moment, 9), solution)

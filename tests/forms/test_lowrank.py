@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms import IntSetting, LowRankForm, LowRankSetting, form_named
-from tersor.forms.lowrank import factorise
+from tersor.forms.lowrank import cut, factorise, ranks_within, tails
 from tersor.forms.sums import SumForm, SumSetting
 from tersor.metrics import Metric, Side
 
@@ -119,3 +119,45 @@ def test_a_correction_of_full_rank_leaves_nothing(make_metric: Maker) -> None:
 def test_a_sum_needs_both_of_its_settings() -> None:
     with pytest.raises(TersorError, match="needs `first` and `second`"):
         form_named("int+lowrank").setting({"first": {"bits": 2}})
+
+
+@pytest.mark.parametrize("kind", ["identity", "input", "kronecker"])
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_a_fit_cut_to_a_rank_is_the_fit_of_that_rank(kind: str, rank: int, make_metric: Maker) -> None:
+    weight, metric = torch.randn(32, 48), make_metric(32, 48, kind)
+    operator = LowRankForm().fit(weight, metric, LowRankSetting(12))
+    cut(operator, rank)
+    direct = LowRankForm().fit(weight, metric, LowRankSetting(rank))
+    assert operator.setting == direct.setting
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(operator.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(("rank", "smaller"), [(24, 7), (200, 165), (200, 128), (200, 9)])
+def test_integer_factors_keep_their_first_components(rank: int, smaller: int) -> None:
+    shape = (210, 220)
+    metric = Metric("identity", Side(torch.ones(shape[0])), Side(torch.ones(shape[1])))
+    operator = LowRankForm().fit(torch.randn(shape), metric, LowRankSetting(rank, 4))
+    expected = operator.left.dense()[:, :smaller] @ operator.right.dense()[:smaller]
+    cut(operator, smaller)
+    assert torch.allclose(operator.dense(), expected, atol=1e-6)
+    empty = LowRankForm().empty(shape, LowRankSetting(smaller, 4))
+    sizes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in operator.state_dict().items()} == sizes
+
+
+def test_integers_are_cut_only_to_ranks_whose_groups_are_theirs() -> None:
+    assert ranks_within(LowRankSetting(200, 4)) == [*range(1, 129), *range(161, 201)]
+    assert ranks_within(LowRankSetting(160, 4)) == ranks_within(LowRankSetting(160)) == list(range(1, 161))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_tails_are_what_a_cut_adds(bits: int | None, make_metric: Maker) -> None:
+    weight, metric = torch.randn(20, 30), make_metric(20, 30).damped(0.1, 0.1)
+    operator = LowRankForm().fit(weight, metric, LowRankSetting(8, bits))
+    whole, added = operator.dense(), tails(operator, metric)
+    assert added.shape == (9,) and added[8] == 0
+    assert float(added[0]) == pytest.approx(metric.distance(whole), rel=1e-4)
+    for rank in range(7, 0, -1):
+        cut(operator, rank)
+        assert float(added[rank]) == pytest.approx(metric.distance(whole - operator.dense()), rel=1e-4)

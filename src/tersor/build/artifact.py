@@ -49,6 +49,7 @@ FORMAT = {
     "judgement?": (JUDGEMENT, None),
     "judged_on?": {"data": str, "samples": (POSITIVE, None), "sequence_length": POSITIVE, "batch_size": POSITIVE},
     "limit?": (float, None),
+    "cuts?": {str: [float]},
 }
 
 

@@ -16,6 +16,7 @@ import torch
 from tersor.build.activations import Activations
 from tersor.build.artifact import RECORD, stored_dtypes, write_artifact
 from tersor.build.calibrate import Rounded, round_inputs
+from tersor.build.cut import damages_of
 from tersor.build.fits import Fit, fit_choice, fits_of, load_fit
 from tersor.build.layers import install
 from tersor.build.layout import Entry, Layout
@@ -88,7 +89,7 @@ def build(
     with staged(out, last=RECORD) as target:
         if folder is not None:
             copy_beside(folder, target)
-        record = _record(run, model, layout, plan)
+        record = _record(run, model, layout, plan) | {"cuts": damages_of(run, sites, built, fits)}
         if activations is not None:
             record["activations"] = {"asked": activations.label, "layers": {r.place: asdict(r) for r in rounded}}
         size = write_artifact(target, model.module, sites, built, dtypes, _config(model), record, rounded)

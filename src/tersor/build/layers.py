@@ -268,6 +268,16 @@ def operators_of(module: nn.Module) -> Mapping[str, Operator]:
     return found
 
 
+def operators_at(module: nn.Module, place: str, parameter: str) -> list[Operator]:
+    """The operators that stand for a parameter of the submodule at `place`, one a matrix of its stack."""
+    owner = module.get_submodule(place)
+    if isinstance(owner, ApproximateLayer):
+        return [owner.weight_operator()]
+    stand_in = getattr(owner, parameter)
+    assert isinstance(stand_in, StandIn)
+    return stand_in._members()
+
+
 class decoded:
     """A context in which the operators of a module keep their decoded weights: faster, at the original's memory."""
 

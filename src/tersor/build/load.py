@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.build.artifact import WEIGHTS, check_fit, install_empty, load_weights, read_record, refuse_not_finite
+from tersor.build.artifact import (
+    RECORD,
+    WEIGHTS,
+    check_fit,
+    install_empty,
+    load_weights,
+    read_record,
+    refuse_not_finite,
+)
 from tersor.build.expand import plain
 from tersor.build.layers import operators_of
 from tersor.coding import StreamError
@@ -36,17 +44,19 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     mode: str = "small",
+    budget: str | None = None,
     progress: Progress = lambda *_: None,
 ) -> nn.Module:
     """Load the built model of an artifact.
 
+    With a `budget`, `20%` of the original or `5MB`, its low-rank weights are cut until its file would take no more.
     `mode` is `small`, or `dense` for plain weights: the memory and the speed of the original, and no need of Tersor to
     save it again.
 
     For a Hugging Face artifact nothing else is needed. For a module of your own give the module as it was before, its
     factory, or `file.py:factory`: an artifact never names code to be run; `progress(name, done, total)` then hears of
     every weight that is decoded (transformers decodes as it loads, under a bar of its own). Raises TersorError for a
-    damaged artifact.
+    damaged artifact, and for one that cannot be cut to the budget.
     """
     if mode not in MODES:
         raise TersorError(f"A model is loaded in mode {' or '.join(MODES)}, not {mode!r}.")
@@ -55,6 +65,11 @@ def load(
     try:
         module = _load(folder, record, model, device, dtype, progress)
         refuse_not_finite(module, folder)
+        if budget is not None:
+            from tersor.build.cut import cut_to
+
+            with understood(folder / RECORD):
+                cut_to(module, folder, record, budget)
         if mode == "small":
             return module
         with understood(folder / WEIGHTS):

@@ -2,7 +2,8 @@
 
 The singular values of the whitened weight `L_r^T W L_c` give the error of every rank at once; under the `input` metric
 this is the principal part of the outputs (P041 LORD, P047), under diagonal ones it is weighted SVD (P455, P195).
-Factors are 16-bit floats or themselves integers, each rounded under the metric that its errors see.
+Factors are 16-bit floats or themselves integers, each rounded under the metric that its errors see. Components
+stand in the order of the singular values, so that a fit of a rank holds those of all smaller ranks (`cut`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, cost_of
 from tersor.forms.integers import IntForm, IntOperator, IntSetting
+from tersor.forms.packing import pack, unpack
 from tersor.forms.products import HalfOperator, ProductOperator
 from tersor.metrics import Metric, Side
 
@@ -152,3 +154,55 @@ class LowRankForm:
         refitted = torch.linalg.solve(gram.moment, (weight.double() @ cross).T).T
         coded_left = integers.fit(refitted, Metric("kronecker", metric.rows, gram), of_left)
         return ProductOperator(coded_left, coded_right, setting)
+
+
+def ranks_within(setting: LowRankSetting) -> list[int]:
+    """The ranks, rising, to which a fit of a setting can be cut: those whose integers have the same groups."""
+
+    def groups(rank: int) -> int | None:
+        return None if setting.bits is None else replace(setting, rank=rank).factors()[0].group_size
+
+    size = groups(setting.rank)
+    ranks = range(1, setting.rank + 1)
+    return [rank for rank in ranks if size is None or rank <= size or groups(rank) == size]
+
+
+def cut(operator: ProductOperator, rank: int) -> None:
+    """Keep the first `rank` components of a fit, in place; one of `ranks_within`.
+
+    With 16-bit factors this is what a fit of that rank is, to the bit; integers keep the steps they were rounded with.
+    """
+    setting = replace(operator.setting, rank=rank)
+    of_left, of_right = (None, None) if setting.bits is None else setting.factors()
+    operator.left = _corner(operator.left, (operator.shape[0], rank), of_left)
+    operator.right = _corner(operator.right, (rank, operator.shape[1]), of_right)
+    operator.setting, operator._decoded = setting, None
+
+
+def _corner(factor: Operator, shape: Shape, setting: IntSetting | None) -> Operator:
+    """The first rows and columns of a factor, `shape` of them; `setting` is that of integers."""
+    rows, columns = shape
+    if setting is None:
+        assert isinstance(factor, HalfOperator)
+        half = HalfOperator(shape)
+        half.values = factor.values[:rows, :columns].contiguous()
+        return half
+    assert isinstance(factor, IntOperator)
+    integers = IntOperator(shape, setting)
+    codes = unpack(factor.codes[:rows], setting.bits, factor.shape[1])[:, :columns]
+    integers.codes = pack(codes.contiguous(), setting.bits)
+    integers.scale = factor.scale[:rows, : integers.scale.shape[1]].contiguous()
+    integers.scale_range = factor.scale_range
+    return integers
+
+
+def tails(operator: ProductOperator, metric: Metric) -> Tensor:
+    """What cutting a fit to each rank adds, (rank + 1,) from rank 0 to none cut, as a distance under the metric.
+
+    With `l_i r_i` its components, `d(sum_{i >= k} l_i r_i)` sums the lower right corner of `(L^T R L) o (R C R^T)`.
+    """
+    judge = metric.judged_by or metric
+    left, right = operator.left.dense().double(), operator.right.dense().double()
+    gram = judge.rows.compress(left).moment * judge.columns.compress(right.T).moment
+    corner = torch.nn.functional.pad(gram.flip(0, 1).cumsum(0).cumsum(1).diagonal(), (1, 0)).flip(0)
+    return judge.scale * corner.clamp_min(0)

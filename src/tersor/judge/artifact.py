@@ -17,14 +17,13 @@ from torch import nn
 
 from tersor.build.artifact import WEIGHTS, read_record, update_record
 from tersor.build.latency import one_sample
-from tersor.build.layers import ApproximateLayer, StandIn
+from tersor.build.layers import ApproximateLayer, operators_at
 from tersor.build.load import load
 from tersor.data import Data, read_data, read_pairs
 from tersor.errors import TersorError
-from tersor.forms import Operator
 from tersor.judge.intervals import Estimate, mean_estimate
 from tersor.judge.judge import Judgement, judge
-from tersor.models import Model, Site, walk
+from tersor.models import Model, walk
 from tersor.models.compare import Reference, substituted
 from tersor.plan import UNTOUCHED, Plan
 from tersor.run import Run, fingerprint_of
@@ -107,7 +106,7 @@ def judge_sites(
     for number, choice in enumerate(choices):
         progress("judge sites", choice.site, number, len(choices))
         site = sites[choice.site]
-        matrices = torch.stack([op.dense() for op in _operators_at(built, site)])
+        matrices = torch.stack([op.dense() for op in operators_at(built, *site.places[0])])
         with reference.starting_at(site), substituted(original, site, matrices):
             found[choice.site] = choice.divergence, mean_estimate(reference.divergences())
     rounded = read_record(out).get("activations", {"layers": {}})["layers"]
@@ -160,14 +159,3 @@ def plan_of(original: Model, out: Path) -> Plan:
 def _check_run(run: Run, original: Model) -> None:
     if run.get("model") != original.identity.fingerprint:
         raise TersorError(f"The run folder {run.folder} is that of another model than {original.identity.source}.")
-
-
-def _operators_at(module: Any, site: Site) -> list[Operator]:
-    """The operators that stand at a site of a built module, one a matrix of its stack."""
-    place, parameter = site.places[0]
-    owner = module.get_submodule(place)
-    if isinstance(owner, ApproximateLayer):
-        return [owner.weight_operator()]
-    stand_in = getattr(owner, parameter)
-    assert isinstance(stand_in, StandIn)
-    return list(stand_in.operators)  # type: ignore[arg-type]

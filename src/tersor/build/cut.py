@@ -1,0 +1,156 @@
+"""Cutting a built model to a budget as it is loaded: ranks of its low-rank weights, where they matter least.
+
+A fit of a rank holds the fits of all smaller ranks (`forms/lowrank.py`). The artifact keeps, for each such site, what
+every cut is predicted to add; ranks are cut at equal slopes of damage over bytes until the weights file would fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.build.artifact import WEIGHTS
+from tersor.build.fits import Fit
+from tersor.build.layers import operators_at
+from tersor.curves.draw import site_metrics
+from tersor.errors import TersorError, UnreachableBudget
+from tersor.forms import LowRankSetting, Operator, cost_of, form_named
+from tersor.forms.lowrank import cut, ranks_within, tails
+from tersor.forms.products import ProductOperator
+from tersor.models.files import file_bytes, open_checkpoint
+from tersor.models.sites import Site
+from tersor.plan import Choice
+from tersor.plan.budget import is_latency, parse_bytes
+from tersor.run import Run
+
+FORM = "lowrank"
+DIGITS = 4  # of the damages in tersor.json, which are predictions
+
+
+def damages_of(run: Run, sites: Sequence[Site], choices: Sequence[Choice], fits: Mapping[str, Fit]) -> dict[str, Any]:
+    """For `tersor.json`: by low-rank site, what a cut to each rank from 0 up is predicted to add, with the gain."""
+    by_name = {site.name: site for site in sites}
+    found = {}
+    for choice in choices:
+        if choice.form == FORM:
+            operators, metrics = fits[choice.site].operators, site_metrics(run, by_name[choice.site])
+            parts = [tails(op, m) for op, m in zip(operators, metrics, strict=True)]  # type: ignore[arg-type]
+            added = torch.stack(parts).sum(0)
+            gain = run.gain(choice.site, FORM)
+            found[choice.site] = [float(f"{gain * d:.{DIGITS}g}") for d in added.tolist()]
+    return found
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Cutting a site to a rank, from the rank of its step before: damage a byte."""
+
+    slope: float
+    site: str
+    rank: int
+
+
+def cut_to(module: nn.Module, folder: Path, record: Mapping[str, Any], budget: str) -> dict[str, int]:
+    """Cut the low-rank weights of a loaded module, in place, until its file would take no more than `budget`.
+
+    Returns the new rank of every site that was cut. A share is of the original's bytes. Raises TersorError where the
+    artifact has nothing to cut, UnreachableBudget where the budget is below what all of it at rank 1 would take.
+    """
+    if budget.strip().lower().endswith("bits") or is_latency(budget):
+        raise TersorError(f"A model is cut to a size as it is loaded, such as 20% or 5MB, not to {budget!r}.")
+    limit = parse_bytes(budget, record["model"]["stored_bytes"])
+    whole = record["weights_bytes"]
+    if whole <= limit:
+        return {}
+    damages = record.get("cuts", {})
+    if not damages:
+        raise TersorError(
+            f"{folder} takes {whole:,} bytes, more than {budget}, and has no weight of the form {FORM!r} that could be "
+            "cut as it is loaded; build it anew for this budget."
+        )
+    operators = {name: _operators(module, record["sites"][name]) for name in damages}
+    steps = sorted((s for name, ops in operators.items() for s in _steps(name, ops[0], damages[name])), key=_by_slope)
+    stored = open_checkpoint(folder / WEIGHTS).entries
+    entries = {name: (shape, dtype) for name, (_, shape, dtype) in stored.items() if dtype is not None}
+    prefixes = {name: _prefixes(module, ops) for name, ops in operators.items()}
+
+    def size(count: int) -> int:
+        """The file's bytes after so many steps."""
+        replaced = dict(entries)
+        for name, rank in {step.site: step.rank for step in steps[:count]}.items():
+            for prefix, operator in zip(prefixes[name], operators[name], strict=True):
+                replaced |= {f"{prefix}.{k}": v for k, v in _entries(operator, rank).items()}
+        return file_bytes((name, shape, dtype) for name, (shape, dtype) in replaced.items())
+
+    least = size(len(steps))
+    if least > limit:
+        raise UnreachableBudget(
+            f"{folder} cannot be cut to {budget} ({limit:,} bytes): with all of its low-rank weights at rank 1 it "
+            f"takes {least:,} bytes, {least / record['model']['stored_bytes']:.1%} of the original."
+        )
+    low, high = 0, len(steps)  # size(low) is too large, size(high) is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) > limit else (low, middle)
+    ranks = {step.site: step.rank for step in steps[:high]}
+    for name, rank in ranks.items():
+        for operator in operators[name]:
+            cut(operator, rank)
+    _tell(module, ranks)
+    return ranks
+
+
+def _by_slope(step: _Step) -> tuple[float, str, int]:
+    return step.slope, step.site, -step.rank
+
+
+def _steps(name: str, operator: ProductOperator, damages: Sequence[float]) -> list[_Step]:
+    """The steps down the lower hull of damage over bytes of one site, slopes rising."""
+    setting: LowRankSetting = operator.setting
+    ranks = ranks_within(setting)[::-1]
+    form = form_named(FORM)
+    sizes = [cost_of(form, operator.shape, LowRankSetting(rank, setting.bits)).stored for rank in ranks]
+    hull = [0]
+    for k in range(1, len(ranks)):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1], ranks, sizes, damages) >= _slope(
+            hull[-1], k, ranks, sizes, damages
+        ):
+            hull.pop()
+        hull.append(k)
+    return [_Step(_slope(a, b, ranks, sizes, damages), name, ranks[b]) for a, b in pairwise(hull)]
+
+
+def _slope(a: int, b: int, ranks: Sequence[int], sizes: Sequence[int], damages: Sequence[float]) -> float:
+    return (damages[ranks[b]] - damages[ranks[a]]) / max(1, sizes[a] - sizes[b])
+
+
+def _entries(operator: ProductOperator, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors of an operator cut to a rank, by their names in it."""
+    with torch.device("meta"):
+        empty = form_named(FORM).empty(operator.shape, LowRankSetting(rank, operator.setting.bits))
+    return {name: (tuple(t.shape), t.dtype) for name, t in empty.state_dict().items()}
+
+
+def _operators(module: nn.Module, site: Mapping[str, Any]) -> list[ProductOperator]:
+    place, parameter = site["places"][0]
+    return operators_at(module, place, parameter)  # type: ignore[return-value]
+
+
+def _prefixes(module: nn.Module, operators: Sequence[Operator]) -> list[str]:
+    """The names of operators within a module."""
+    known = {id(child): name for name, child in module.named_modules()}
+    return [known[id(operator)] for operator in operators]
+
+
+def _tell(module: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Have the config of a module of transformers say the new ranks, so that it saves as what it is."""
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    if config is not None:
+        for name, rank in ranks.items():
+            config.sites[name]["setting"]["rank"] = rank
