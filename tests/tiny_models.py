@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,3 +124,34 @@ def token_batches(name: str = "", count: int = 3, rows: int = 3, length: int = 8
     if name == "t5":
         return [{"input_ids": tokens(length), "decoder_input_ids": tokens(5)} for _ in range(count)]
     return [{"input_ids": tokens(length)} for _ in range(count)]
+
+
+LETTERS = "abcdefgh "
+
+
+def write_model(folder: Path, intermediate_size: int = 256) -> None:
+    """A small Llama over letters, with its tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {letter: number for number, letter in enumerate(["<s>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=intermediate_size, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=32, bos_token_id=0,
+    )  # fmt: skip
+    module = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    module.save_pretrained(folder)
+
+
+def write_texts(path: Path, count: int, seed: int) -> None:
+    """Lines of random letters."""
+    generator = random.Random(seed)
+    path.write_text("".join("".join(generator.choices(LETTERS, k=31)) + "\n" for _ in range(count)))

@@ -36,7 +36,9 @@ from tersor.models.sites import Site, walk
 
 pytest.importorskip("transformers")
 
-import corpus
+from spoiling import parts_of, write_parts
+
+from tiny_models import write_model
 
 SHAPE = (64, 72)
 OWN = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -121,9 +123,9 @@ def test_json(text: bytes) -> None:
 def test_safetensors(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.int16), "c": torch.ones(0, 3)}, path, {"a": "b"})
-    header, rest = corpus.parts_of(path)
+    header, rest = parts_of(path)
     if data.draw(st.booleans()):
-        corpus.write_parts(path, json.dumps(changed(data.draw, header)).encode(), rest)
+        write_parts(path, json.dumps(changed(data.draw, header)).encode(), rest)
     else:
         path.write_bytes(data.draw(spoilt(path.read_bytes())))
     with refused_or_read():
@@ -138,7 +140,7 @@ def test_safetensors(tmp_path: Path, data: st.DataObject) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "model"
-    corpus.write_model(folder)
+    write_model(folder, intermediate_size=96)
     return folder
 
 
