@@ -67,7 +67,7 @@ def test_damage_after_opening_is_named(tmp_path: Path) -> None:
     run._db.execute("DROP TABLE facts")
     with pytest.raises(TersorError, match=r"run\.db is damaged"):
         run.get("model")
-    with pytest.raises(TersorError, match=r"run\.db could not be written"):
+    with pytest.raises(TersorError, match=r"run\.db is damaged"):
         run.put("model", 1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ENOUGH = 1e-14  # share of the first squared residual at which steps end
+ENOUGH = 1e-24  # share of the first squared residual at which steps end
 
 
 def conjugate_gradients(
@@ -26,17 +26,18 @@ def conjugate_gradients(
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(*(() if alone is None else (1 - alone, True)), dtype=torch.float64)
+        return (a.double() * b.double()).sum(*(() if alone is None else (1 - alone, True)))
 
     direction = scaled = residual / curvature
     size = first = dot(residual, scaled)
     for _ in range(steps):
-        if not bool((size > ENOUGH * first).any()):
+        going = size > ENOUGH * first
+        if not bool(going.any()):
             break
         image = felt(direction)
-        step = (size / dot(direction, image).clamp_min(1e-300)).to(values.dtype)
+        step = torch.where(going, size / dot(direction, image).clamp_min(1e-300), 0).to(values.dtype)
         values, residual = values + step * direction, residual - step * image
         scaled = residual / curvature
         before, size = size, dot(residual, scaled)
-        direction = scaled + (size / before.clamp_min(1e-300)).to(values.dtype) * direction
+        direction = scaled + torch.where(going, size / before.clamp_min(1e-300), 0).to(values.dtype) * direction
     return values

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, from_bits
-from tersor.forms.conjugate import conjugate_gradients
 from tersor.forms.integers import IntSetting, search_grid
 from tersor.forms.packing import PLANES, pack, packed_width, unpack
 from tersor.forms.rounding import Grid, round_with_feedback
@@ -293,13 +292,13 @@ def refit(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, steps
         turned = Metric(metric.kind, metric.columns, metric.rows)
         return refit(weight.T, values.T, support.T, turned, steps).T.contiguous()
     if not metric.rows.is_diagonal:
-        return _refit(weight, values, support, metric, steps)
+        return _conjugate_gradients(weight, values, support, metric, steps)
     count = max(1, BLOCK // weight.shape[1])
     parts = zip(weight.split(count), values.split(count), support.split(count), strict=True)
-    return torch.cat([_refit(*part, metric, steps) for part in parts])
+    return torch.cat([_conjugate_gradients(*part, metric, steps) for part in parts])
 
 
-def _refit(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, steps: int) -> Tensor:
+def _conjugate_gradients(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, steps: int) -> Tensor:
     alone = metric.rows.is_diagonal  # then its entries have no part in the solution
     curvature = metric.columns.diagonal.to(weight).clamp_min(1e-20)
     if not alone:
@@ -309,8 +308,24 @@ def _refit(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, step
         felt = metric.columns.felt(error)
         return (felt if alone else metric.rows.apply(felt)) * support
 
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(1, keepdim=True) if alone else (a * b).sum()
+
     values = values * support
-    return conjugate_gradients(values, pulled(weight - values), pulled, steps, curvature, alone=0 if alone else None)
+    residual = pulled(weight - values)
+    direction = scaled = residual / curvature
+    length = dot(residual, scaled)
+    for _ in range(steps):
+        if not length.any():
+            break
+        image = pulled(direction)
+        step = length / dot(direction, image).clamp_min(1e-30)
+        values = values + step * direction
+        residual = residual - step * image
+        scaled = residual / curvature
+        length, before = dot(residual, scaled), length
+        direction = scaled + length / before.clamp_min(1e-30) * direction
+    return values
 
 
 def _strongest(scores: Tensor, setting: SparseSetting, count: int | None, within_rows: bool = False) -> Tensor:

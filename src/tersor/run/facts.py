@@ -54,7 +54,6 @@ _FACTS: dict[str, Any] = {
     "damping_evidence": [{"inputs": float, "gradients": float, "frequencies": float, "table": bool}],
     "interaction": [Row((float, float))],
     "drawn_for": ({"resources": [str], "left_out": [str]}, None),
-    "worker": ({"pid": COUNT, "host": str}, None),
     "latencies": {"machine": str, "whole": float, "calls": {str: [str]}, "layers": {str: {str: float}}},
 }  # fmt: skip
 _BY_PREFIX: dict[str, Any] = {

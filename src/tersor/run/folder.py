@@ -22,11 +22,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, understood
+from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, read_json, understood
 from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
-from tersor.models.files import is_alive, read_tensors, write_safetensors
+from tersor.models.files import is_alive, read_tensors, write_safetensors, write_text
 from tersor.run.facts import pattern_of
 
+WORKER = "worker.json"  # who works in the folder
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS candidates (
@@ -90,7 +91,7 @@ class Run:
     def discard(self) -> None:
         """Close and remove a folder in which nothing was found yet."""
         self.close()
-        for name in ("run.db", "run.lock"):
+        for name in ("run.db", "run.lock", WORKER):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rmdir()
 
@@ -110,16 +111,19 @@ class Run:
         try:
             for left in self.folder.rglob(".*.tmp"):
                 left.unlink(missing_ok=True)
-            self.put("worker", {"pid": os.getpid(), "host": socket.gethostname()})
+            write_text(self.folder / WORKER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             yield
         finally:
+            (self.folder / WORKER).unlink(missing_ok=True)
             lock.release()
-        self.put("worker", None)
 
     def worker(self) -> str | None:
         """The process that works in the folder, None where there is none; one on this machine may have been killed."""
-        known = self.get("worker")
-        if known is None or (known["host"] == socket.gethostname() and not is_alive(known["pid"])):
+        path = self.folder / WORKER
+        if not path.exists():
+            return None
+        known = check(read_json(path), {"pid": COUNT, "host": str}, path)
+        if known["host"] == socket.gethostname() and not is_alive(known["pid"]):
             return None
         return f"Process {known['pid']} on {known['host']}"
 
