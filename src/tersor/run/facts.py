@@ -45,7 +45,7 @@ _FACTS: dict[str, Any] = {
     "seed": int,
     "source": str,
     "observed": bool,
-    "spectra": bool,
+    "spectra": (bool, None),
     "unseen_sites": [str],
     "unused_sites": [str],
     "studied": [str],
