@@ -19,18 +19,24 @@ ALIVE = 1.0  # seconds between two looks whether the parent is there
 
 
 class LocalPool:
-    """Processes with one thread of PyTorch each."""
+    """Processes with one thread of PyTorch each, made when the first unit comes: often none does."""
 
     def __init__(self, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._processes = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
+        self._workers = workers
+        self._processes: ProcessPoolExecutor | None = None
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        if self._processes is None:
+            context, started = multiprocessing.get_context("spawn"), (os.getpid(),)
+            self._processes = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=_begin, initargs=started
+            )
         with _without_main():
             return self._processes.submit(function, *arguments)
 
     def close(self) -> None:
-        self._processes.shutdown(cancel_futures=True)
+        if self._processes is not None:
+            self._processes.shutdown(cancel_futures=True)
 
 
 def _begin(parent: int) -> None:

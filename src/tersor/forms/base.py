@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
@@ -200,12 +201,17 @@ def setting_of(form: Form, values: Mapping[str, Any]) -> Any:
 
 def _check_types(name: str, setting: Any) -> None:
     """Raise TersorError for the first field of a setting whose value is not of the type it is declared with."""
-    for field, hint in get_type_hints(type(setting)).items():
+    for field, hint in _hints_of(setting.__class__).items():
         value = getattr(setting, field)
         if not _is_of(value, hint):
             raise TersorError(f"{name}: {field} is {value!r}, which is not of its type.")
         if is_dataclass(value):
             _check_types(name, value)
+
+
+@cache  # every candidate that is read from a run is checked
+def _hints_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -395,11 +395,8 @@ def refitted_values(problem: Problem, atoms: Tensor, code: Code) -> Code:
 
     error = problem.signals - code.dense(len(atoms)) @ atoms
     curvature = torch.outer(problem.coupling.diagonal.float(), gram.diagonal()).gather(1, code.index).clamp_min(1e-20)
-    values = conjugate_gradients(
-        values,
-        felt(error @ atoms.T),
-        lambda change: felt(Code(code.index, change).dense(len(atoms)) @ gram),
-        STEPS,
-        curvature,
-    )
-    return Code(code.index, values)
+
+    def moved(change: Tensor) -> Tensor:
+        return felt(Code(code.index, change).dense(len(atoms)) @ gram)
+
+    return Code(code.index, conjugate_gradients(values, felt(error @ atoms.T), moved, STEPS, curvature))

@@ -18,9 +18,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, RowOperator, Shape, fitted_candidate
 from tersor.forms.conjugate import conjugate_gradients
-from tersor.forms.integers import IntForm, IntOperator, IntSetting
-from tersor.forms.packing import PLANES
-from tersor.forms.products import HalfOperator
+from tersor.forms.row_values import check_share_and_bits, empty_rows, stored_rows
 from tersor.forms.shared import SharedSetting, places
 from tersor.metrics import Metric, Side
 
@@ -40,13 +38,9 @@ class HashedSetting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
-            raise TersorError(f"hashed: share is {self.share!r}, but must be above 0 and at most 1.")
+        check_share_and_bits("hashed", self.share, self.bits)
         if self.hashes not in (1, 2):
             raise TersorError(f"hashed: hashes is {self.hashes!r}, but must be 1 or 2.")
-        allowed = (None, *(b for b in PLANES if b > 1))
-        if self.bits not in allowed:
-            raise TersorError(f"hashed: bits is {self.bits!r}, but must be one of {allowed}.")
 
     @property
     def label(self) -> str:
@@ -55,11 +49,6 @@ class HashedSetting:
     def size(self, shape: Shape) -> int:
         """Rows of the smaller table."""
         return max(1, math.ceil(self.share * shape[0]))
-
-    @property
-    def integers(self) -> IntSetting:
-        assert self.bits is not None
-        return IntSetting(self.bits, None, symmetric=True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +120,7 @@ class HashedOperator(RowOperator):
     def __init__(self, shape: Shape, setting: HashedSetting) -> None:
         super().__init__(shape, setting)
         size = setting.size(shape), shape[1]
-        self.table = HalfOperator(size) if setting.bits is None else IntOperator(size, setting.integers)
+        self.table = empty_rows(size, setting.bits)
 
     def decode_rows(self, index: Tensor | None) -> Tensor:
         rows = torch.arange(self.shape[0], device=next(self.table.buffers()).device) if index is None else index
@@ -179,10 +168,7 @@ class HashedForm:
         for steer in (metric, metric.coarsened("identity")):
             table = least_squares(weight, steer.rows, hashed).float()
             operator = HashedOperator(shape, setting)
-            if setting.bits is None:
-                operator.table = HalfOperator.of(table)
-            else:
-                seen = Metric("kronecker", Side(hashed.weights(steer.rows.diagonal.float())), steer.columns)
-                operator.table = IntForm().fit(table, seen.damped(1e-6, 0.0), setting.integers)
+            seen = Metric("kronecker", Side(hashed.weights(steer.rows.diagonal.float())), steer.columns)
+            operator.table = stored_rows(table, seen.damped(1e-6, 0.0), setting.bits)
             fits.append(operator.to(weight.device))
         return min(fits, key=lambda fit: metric.distance(weight - fit.dense()))

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, RowOperator, Shape, cost_of
-from tersor.forms.integers import IntForm, IntOperator, IntSetting
 from tersor.forms.lowrank import Factorisation, LowRankForm, LowRankSetting, factorise
-from tersor.forms.packing import PLANES, pack, packed_width, unpack
-from tersor.forms.products import HalfOperator
+from tersor.forms.packing import pack, packed_width, unpack
+from tersor.forms.row_values import check_share_and_bits, empty_rows, stored_rows
 from tersor.metrics import Metric, Side
 
 GROWTH = 4  # a block has so many times the rows of the one before
@@ -40,11 +39,7 @@ class MixedSetting:
     ranks: tuple[int, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
-            raise TersorError(f"mixed: share is {self.share!r}, but must be above 0 and at most 1.")
-        allowed = (None, *(b for b in PLANES if b > 1))
-        if self.bits not in allowed:
-            raise TersorError(f"mixed: bits is {self.bits!r}, but must be one of {allowed}.")
+        check_share_and_bits("mixed", self.share, self.bits)
         if not isinstance(self.blocks, int) or not 2 <= self.blocks <= 16:
             raise TersorError(f"mixed: blocks is {self.blocks!r}, but must be from 2 to 16.")
         if self.ranks is not None and (len(self.ranks) != self.blocks or min(self.ranks) < 0):
@@ -71,12 +66,7 @@ class MixedSetting:
             return None
         if rank < shape[1]:
             return LowRankForm().empty(shape, LowRankSetting(rank, self.bits))
-        return HalfOperator(shape) if self.bits is None else IntOperator(shape, self.integers)
-
-    @property
-    def integers(self) -> IntSetting:
-        assert self.bits is not None
-        return IntSetting(self.bits, None, symmetric=True)
+        return empty_rows(shape, self.bits)
 
 
 class MixedOperator(RowOperator):
@@ -138,9 +128,7 @@ class Block:
         if rank < self.weight.shape[1]:
             low = LowRankForm()
             return low.of_factorisation(self.weight, self.metric, LowRankSetting(rank, setting.bits), self.found)
-        if setting.bits is None:
-            return HalfOperator.of(self.weight)
-        return IntForm().fit(self.weight, self.metric, setting.integers)
+        return stored_rows(self.weight, self.metric, setting.bits)
 
 
 def _slope(before: tuple[int, int, float], after: tuple[int, int, float]) -> float:

@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, RowOperator, Shape, bits_of, cost_of, from_bits
-from tersor.forms.integers import IntForm, IntOperator, IntSetting
-from tersor.forms.packing import PLANES
-from tersor.forms.products import HalfOperator
+from tersor.forms.row_values import check_share_and_bits, empty_rows, stored_rows
 from tersor.forms.supports import Support, smaller_support
 from tersor.metrics import Metric, Side
 
@@ -34,11 +31,7 @@ class RowsSetting:
     bits: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
-            raise TersorError(f"rows: share is {self.share!r}, but must be above 0 and at most 1.")
-        allowed = (None, *(b for b in PLANES if b > 1))
-        if self.bits not in allowed:
-            raise TersorError(f"rows: bits is {self.bits!r}, but must be one of {allowed}.")
+        check_share_and_bits("rows", self.share, self.bits)
 
     @property
     def label(self) -> str:
@@ -52,11 +45,6 @@ class RowsSetting:
         """How the mask (1, rows) is written."""
         return smaller_support((1, shape[0]), self.kept(shape))
 
-    @property
-    def integers(self) -> IntSetting:
-        assert self.bits is not None
-        return IntSetting(self.bits, None, symmetric=True)
-
 
 class RowsOperator(RowOperator):
     """The mask of the kept rows in bytes, these rows in their order, and the default row in 16-bit floats."""
@@ -69,7 +57,7 @@ class RowsOperator(RowOperator):
     def __init__(self, shape: Shape, setting: RowsSetting) -> None:
         super().__init__(shape, setting)
         size = setting.kept(shape), shape[1]
-        self.kept = HalfOperator(size) if setting.bits is None else IntOperator(size, setting.integers)
+        self.kept = empty_rows(size, setting.bits)
         self.register_buffer("support", torch.zeros(setting.support(shape).nbytes, dtype=torch.uint8))
         self.register_buffer("default", torch.zeros(shape[1], dtype=torch.int16))
 
@@ -206,9 +194,6 @@ def pruned(weight: Tensor, metric: Metric, setting: RowsSetting, mask: Tensor, d
     operator = RowsOperator(shape, setting).to(weight.device)
     operator.support = setting.support(shape).encode(mask[None])
     operator.default = bits_of(default)
-    if setting.bits is None:
-        operator.kept = HalfOperator.of(weight[mask])
-    else:
-        moment = metric.rows.moment[mask] if metric.rows.is_diagonal else metric.rows.moment[mask][:, mask]
-        operator.kept = IntForm().fit(weight[mask], Metric(metric.kind, Side(moment), metric.columns), setting.integers)
+    moment = metric.rows.moment[mask] if metric.rows.is_diagonal else metric.rows.moment[mask][:, mask]
+    operator.kept = stored_rows(weight[mask], Metric(metric.kind, Side(moment), metric.columns), setting.bits)
     return operator

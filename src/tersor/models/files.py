@@ -65,7 +65,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
         raise TersorError(f"{source} does not exist.")
     if source.suffix in PICKLES:
         raise TersorError(f"{source} is a pickle, which can run code; convert it to safetensors first.")
-    paths = [source] if source.is_file() else _files_of(source)
+    paths, places = ([source], {}) if source.is_file() else _files_of(source)
     entries: dict[str, tuple[Path, tuple[int, ...], torch.dtype | None]] = {}
     digest = hashlib.sha256()
     for path in paths:
@@ -74,16 +74,10 @@ def open_checkpoint(source: Path) -> Checkpoint:
                 raise TersorError(f"{path} holds {name}, which {entries[name][0]} holds already.")
             entries[name] = path, part.shape, _BY_NAME.get(part.dtype)
         digest.update(_fingerprint(path))
-    _refuse_misplaced(source, entries)
-    return Checkpoint(tuple(paths), entries, sum(p.stat().st_size for p in paths), digest.hexdigest()[:16])
-
-
-def _refuse_misplaced(source: Path, entries: Mapping[str, tuple[Path, Any, Any]]) -> None:
-    """Raise TersorError where the index of a folder has a tensor elsewhere than the headers have it."""
-    index = source / INDEX
-    for name, file in read_json(index)["weight_map"].items() if index.exists() else ():
+    for name, file in places.items():
         if name not in entries or entries[name][0].name != file:
-            raise TersorError(f"{index} has {name} in {file}, which lacks it.")
+            raise TersorError(f"{source / INDEX} has {name} in {file}, which lacks it.")
+    return Checkpoint(tuple(paths), entries, sum(p.stat().st_size for p in paths), digest.hexdigest()[:16])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -96,7 +90,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _files_of(folder: Path) -> list[Path]:
+def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a folder, and where its index has each tensor; of a single file it has none."""
     refuse_links(folder)
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists() and single.exists():
@@ -113,9 +108,9 @@ def _files_of(folder: Path) -> list[Path]:
                 raise TersorError(f"{index} names {name}, which is missing.")
         if not names:
             raise TersorError(f"{index} names no file.")
-        return [folder / name for name in names]
+        return [folder / name for name in names], weights
     if single.exists():
-        return [single]
+        return [single], {}
     if any(path.suffix in PICKLES for path in folder.iterdir()):
         raise TersorError(f"{folder} has weights as pickles only; convert them to safetensors first.")
     raise TersorError(f"{folder} has no model.safetensors.")

@@ -13,7 +13,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Run:
 
     def _refuse_strange_tables(self, path: Path) -> None:
         """Nothing but the tables of a run, as a run makes them: no view, no trigger, and nothing is added to others."""
-        with sqlite3.connect(":memory:") as fresh:
+        with closing(sqlite3.connect(":memory:")) as fresh:
             fresh.executescript(_SCHEMA)
             known = set(fresh.execute("SELECT type, name, sql FROM sqlite_master"))
         strange = [row for row in self._db.execute("SELECT type, name, sql FROM sqlite_master") if row not in known]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from tersor.judge.judge import Judgement
 from tersor.models import Batch, Model
 from tersor.plan import Limits, Plan, parse_limits
 from tersor.steps.opening import Progress, Study, plan_name, silent
-from tersor.steps.studying import add_seconds, study
+from tersor.steps.studying import clocked, study
 
 
 def build_plan(
@@ -41,11 +40,10 @@ def build_plan(
 
     With `activations`, such as `int8` or `fp4,tensor,shift`, inputs of layers are rounded, by batches of `calibration`.
     """
-    start = time.perf_counter()
     rounding = None if activations is None else Activations.of(activations)
     if rounding is not None and "activations=" not in plan.name:
         plan = replace(plan, name=f"{plan.name},activations={activations}")
-    with opened.run.alone(), pool_of(workers, engine, ray_address):
+    with opened.run.alone(), pool_of(workers, engine, ray_address), clocked(opened.run, "build"):
         built = build(
             opened.run,
             opened.model,
@@ -61,7 +59,6 @@ def build_plan(
         opened.run.put_plan(
             plan.name, {**plan.as_json(), "fitted_divergence": built.plan.divergence, "out": Path(out).name}
         )
-        add_seconds(opened.run, "build", start)
     return built
 
 
@@ -155,11 +152,10 @@ def compress(
         )
     judgement = None
     if judged_by is not None and held_out is not None:
-        start = time.perf_counter()
-        judgement = judge_artifact(
-            judged_by, out, held_out, samples=judge_samples, pairs=pairs, run=opened.run, progress=progress, **sizes
-        )
-        add_seconds(opened.run, "judge", start)
+        with clocked(opened.run, "judge"):
+            judgement = judge_artifact(
+                judged_by, out, held_out, samples=judge_samples, pairs=pairs, run=opened.run, progress=progress, **sizes
+            )
     progress("compress", "done", 1, 1)
     return Result(built.plan, built.weights_bytes, judgement, opened)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,67 +93,60 @@ def study(
         opened.run.belongs_to({"check_data": "held back" if checked is None else fingerprint_of(check)})
         opened.run.belongs_to({"settings": _ladders_key(settings)})
         opened.run.put("source", opened.model.identity.source)
-        _observe(
-            opened,
-            fit,
-            check,
-            unseen_data=checked is not None,
-            gradients=metric != "input",
-            seed=seed,
-            progress=progress,
-        )
+        if not opened.run.get("observed"):
+            unseen_data, gradients = checked is not None, metric != "input"
+            with clocked(opened.run, "observe"):
+                _observe(opened, fit, check, unseen_data=unseen_data, gradients=gradients, seed=seed, progress=progress)
+            opened.run.put("observed", True)
         if damping is not None:
             opened.run.belongs_to({"damping": damping})
-        start = time.perf_counter()
-        settle_damping(
-            opened.run,
-            opened.model,
-            opened.sites,
-            metric,
-            lambda done, total: progress("damping", "chosen on held-back data", done, total),
-        )
-        add_seconds(opened.run, "damping", start)
-        start = time.perf_counter()
-        for number, name in enumerate(store_spectra(opened.run, opened.model, opened.sites), 1):
-            progress("limit", name, number, len(opened.sites))
-        add_seconds(opened.run, "limit", start)
+        _settle(opened, metric, progress)
         with pool_of(workers, engine, ray_address):
-            start = time.perf_counter()
-            progress("draw", "curves of all sites", 0, len(opened.sites))
-            drawing = draw_all(opened.run, opened.model, opened.sites, forms, workers, settings, resources)
-            for number, name in enumerate(drawing, 1):
-                progress("draw", name, number, len(opened.sites))
-            add_seconds(opened.run, "draw", start)
+            with clocked(opened.run, "draw"):
+                progress("draw", "curves of all sites", 0, len(opened.sites))
+                drawing = draw_all(opened.run, opened.model, opened.sites, forms, workers, settings, resources)
+                for number, name in enumerate(drawing, 1):
+                    progress("draw", name, number, len(opened.sites))
             if gains:
-                start = time.perf_counter()
-                reference = Reference(opened.model, check)
-                progress("probe", "gains of all sites", 0, len(opened.sites))
-                gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
-                for number, name in enumerate(gained, 1):
-                    progress("probe", name, number, len(opened.sites))
-                measure_interaction(
-                    opened.run,
-                    opened.model,
-                    opened.sites,
-                    opened.planner(),
-                    reference,
-                    workers,
-                    lambda what, done, total: progress("probe plans", what, done, total),
-                )
-                add_seconds(opened.run, "probe", start)
+                _probe(opened, check, forms, workers, progress)
         if latency:
-            start = time.perf_counter()
-            sample = one_sample(opened.model, calibration, sequence_length, seed)
-            measure_latencies(
-                opened.run, opened.model, opened.sites, sample, lambda what, *at: progress("time", what, *at)
-            )
-            add_seconds(opened.run, "time", start)
+            with clocked(opened.run, "time"):
+                sample = one_sample(opened.model, calibration, sequence_length, seed)
+                measure_latencies(opened.run, opened.model, opened.sites, sample, partial(progress, "time"))
         opened.run.put("studied", sorted({*forms, *opened.run.get("studied", [])}))
         progress("study", "done", 1, 1)
     return opened
 
 
-def add_seconds(run: Run, step: str, start: float) -> None:
+def _settle(opened: Study, metric: str, progress: Progress) -> None:
+    """Choose the damping, and find the spectra of the limit."""
+    with clocked(opened.run, "damping"):
+        settle_damping(
+            opened.run, opened.model, opened.sites, metric, partial(progress, "damping", "chosen on held-back data")
+        )
+    with clocked(opened.run, "limit"):
+        for number, name in enumerate(store_spectra(opened.run, opened.model, opened.sites), 1):
+            progress("limit", name, number, len(opened.sites))
+
+
+def _probe(opened: Study, check: list[Batch], forms: Sequence[str], workers: int | None, progress: Progress) -> None:
+    """Measure the gain of every form at every site, and a few whole plans."""
+    with clocked(opened.run, "probe"):
+        reference = Reference(opened.model, check)
+        progress("probe", "gains of all sites", 0, len(opened.sites))
+        gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
+        for number, name in enumerate(gained, 1):
+            progress("probe", name, number, len(opened.sites))
+        planner = opened.planner()
+        shown = partial(progress, "probe plans")
+        measure_interaction(opened.run, opened.model, opened.sites, planner, reference, workers, shown)
+
+
+@contextmanager
+def clocked(run: Run, step: str) -> Iterator[None]:
+    """Add the seconds of what is done inside to those of a step, where it ends well."""
+    start = time.perf_counter()
+    yield
     run.put(f"seconds/{step}", run.get(f"seconds/{step}", 0.0) + time.perf_counter() - start)
 
 
@@ -191,9 +186,6 @@ def _observe(
     seed: int,
     progress: Progress,
 ) -> None:
-    if opened.run.get("observed"):
-        return
-    start = time.perf_counter()
     divergence = opened.model.divergence
     if gradients and divergence.name == "kl":
         found = certainty(opened.model, fit, check, soften=unseen_data)
@@ -214,5 +206,3 @@ def _observe(
     missing = [s for s in opened.sites if not opened.run.has_tensors(file_of(s, "fit"))]
     opened.run.put("unseen_sites", unseen(opened.model, missing, fit[0]))
     opened.run.put("unused_sites", [s.name for s in missing])
-    add_seconds(opened.run, "observe", start)
-    opened.run.put("observed", True)
