@@ -1,12 +1,16 @@
 """modelopt's `auto_quantize`: bits for every layer by linear programming over gradient scores, AWQ below 8 bits.
 
 It packs 8 and 4 bits alone, so codes are counted as packed without a gap at any bits, with 16-bit scales: the least
-that a file could take. Beside its own presets it may choose 3 and 2 bits, as its custom formats allow.
+that a file could take. Beside its own presets it may choose 3 and 2 bits, as its custom formats allow. Its scores serve
+every number of effective bits, so it keeps them, and each result counts the seconds of finding them as its own.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from pathlib import Path
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -49,10 +53,24 @@ def loss_of(task: Task):
     return loss
 
 
+def kept_search(task: Task) -> Path:
+    """Where the scores of a search over these formats on these batches are kept, for all tasks beside this one."""
+    digest = hashlib.sha256(json.dumps([task.setting["formats"], task.setting.get("group"), task.seed]).encode())
+    for batch in task.batches:
+        for tensor in batch.values():
+            digest.update(tensor.numpy().tobytes())
+    return task.folder.parent / f"modelopt-{digest.hexdigest()[:12]}.pt"
+
+
 def main() -> None:
     task = read_task()
     module = open_model(task)
     asked = task.setting
+    search = kept_search(task)
+    ledger = search.with_suffix(".json")
+    before = json.loads(ledger.read_text(encoding="utf8")) if ledger.exists() else {}
+    if not before:
+        search.unlink(missing_ok=True)  # of a task that did not come to its end, its seconds unknown
     (module, _), spent = timed(
         lambda: mtq.auto_quantize(
             module,
@@ -64,8 +82,12 @@ def main() -> None:
             disabled_layers=["*lm_head*"],
             num_calib_steps=len(task.batches),
             num_score_steps=len(task.batches),
+            checkpoint=str(search),
         )
     )
+    if not before:
+        ledger.write_text(json.dumps(spent), encoding="utf8")
+    spent = {key: seconds + before.get(key, 0.0) for key, seconds in spent.items()}
     dense, stored = {}, {}
     for name, layer in module.named_modules():
         quantizer = getattr(layer, "weight_quantizer", None)
