@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from _shared import Subject
+from _shared import Subject, hand_over
 from tersor.build.activations import Activations
 from tersor.build.calibrate import SURE, captured, fit_rounding, layers_of
 from tersor.build.layers import install
 from tersor.forms import Operator
-from tersor.judge.intervals import Estimate, mean_estimate
+from tersor.judge.intervals import mean_estimate
 from tersor.models import walk
 from tersor.observe import collect
 
@@ -77,24 +77,41 @@ class Rounder:
         return Rounding(label, predicted, divergences, kept, nbytes)
 
 
-def row(null: Rounding, method: Rounding, layers: int, in_claim: bool = True) -> bool:
-    """Print a line of a table; whether the whole interval of the paired difference lies below zero."""
-    before, after = null.divergences.mean(), method.divergences.mean()
-    gap: Estimate = mean_estimate(method.divergences - null.divergences)
-    print(
-        f"{null.label:20} {method.label:26} {method.kept:3}/{layers:<3} {null.predicted:9.2e} {method.predicted:9.2e} "
-        f"{method.predicted / null.predicted:5.2f}  {before:9.2e} {after:9.2e} {after / before:5.2f}  "
-        f"[{gap.low:+.1e}, {gap.high:+.1e}] {method.nbytes - null.nbytes:+,} bytes"
-        f"{'' if in_claim else '  (beside the claim)'}",
-        flush=True,
-    )
-    return gap.high < 0
+class Comparisons:
+    """The comparisons of a claim on one subject, printed as they come, handed over at the end."""
 
+    COLUMNS = ("null", "method", "layers kept", "predicted", "measured", "ratio", "difference [95 %]", "bytes")
 
-def heading(claim: str, rounder: Rounder) -> None:
-    subject, unit = rounder.subject, rounder.subject.original.divergence.unit
-    print(f"\n{claim}\n{subject.name}, {len(rounder.layers)} layers, divergence in {unit}\n")
-    print(
-        f"{'null':20} {'method':26} {'kept':7} {'predicted':9} {'method':>9} {'ratio':>5}  "
-        f"{'measured':9} {'method':>9} {'ratio':>5}  difference [95 %]"
-    )
+    def __init__(self, claim: str, rounder: Rounder) -> None:
+        self.claim, self.subject, self.layers = claim, rounder.subject, len(rounder.layers)
+        self.holds, self.rows, self.short = True, [], []
+        unit = self.subject.original.divergence.unit
+        print(f"\n{claim}\n{self.subject.name}, {self.layers} layers, divergence in {unit}\n")
+        print("  ".join(self.COLUMNS))
+
+    def add(self, null: Rounding, method: Rounding, shown: bool = False) -> None:
+        """A method beside its null; one that is `shown` alone has no part in the verdict."""
+        before, after = float(null.divergences.mean()), float(method.divergences.mean())
+        gap = mean_estimate(method.divergences - null.divergences)
+        row = [
+            null.label,
+            method.label + (", beside the claim" if shown else ""),
+            f"{method.kept}/{self.layers}",
+            f"{null.predicted:.4f} -> {method.predicted:.4f}",
+            f"{before:.4f} -> {after:.4f}",
+            f"{after / before:.2f}",
+            f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
+            f"{method.nbytes - null.nbytes:+,}",
+        ]
+        print("  ".join(row), flush=True)
+        self.rows.append(row)
+        if not shown:
+            self.holds &= gap.high < 0
+            self.short.append(f"{null.label} {before:.4f} -> {method.label} {after:.4f} ({after / before:.2f})")
+
+    def close(self) -> bool:
+        """Hand the table over; whether the method was the better one, beyond chance, in all that the claim is about."""
+        hand_over(
+            self.claim, self.subject.name, columns=list(self.COLUMNS), rows=self.rows, measured="; ".join(self.short)
+        )
+        return self.holds

@@ -9,7 +9,7 @@ no bytes, and 8 bits.
 
 import sys
 
-from _rounding import ALWAYS, Rounder, heading, row
+from _rounding import ALWAYS, Comparisons, Rounder
 from _shared import FAILS, HOLDS, babyllama, minilm
 
 FLOATS = ("e1m2", "e2m1", "e3m0")
@@ -18,8 +18,7 @@ if __name__ == "__main__":
     holds = True
     for subject, pattern in ((babyllama(), "*layers*"), (minilm(), "*encoder*")):
         rounder = Rounder(subject, pattern)
-        many = len(rounder.layers)
-        heading("4-bit floats beat 4-bit integers, and shifted channels beat both.", rounder)
+        table = Comparisons("4-bit floats beat 4-bit integers, and shifted channels beat both.", rounder)
         whole = {
             name: rounder.rounded(name, [f"{f},tensor" for f in formats])
             for name, formats in (("int4", ["int4"]), ("fp4", FLOATS))
@@ -28,15 +27,16 @@ if __name__ == "__main__":
             name: rounder.rounded(f"{name} shifted", [f"{f},tensor,shift" for f in formats], ALWAYS)
             for name, formats in (("int4", ["int4"]), ("fp4", FLOATS))
         }
-        holds &= row(whole["int4"], whole["fp4"], many)
-        holds &= row(whole["fp4"], shifted["fp4"], many)
-        row(whole["int4"], shifted["int4"], many, in_claim=False)
-        row(shifted["int4"], shifted["fp4"], many, in_claim=False)
+        table.add(whole["int4"], whole["fp4"])
+        table.add(whole["fp4"], shifted["fp4"])
+        table.add(whole["int4"], shifted["int4"], shown=True)
+        table.add(shifted["int4"], shifted["fp4"], shown=True)
         beside = {"int4": ["int4"], "fp4": FLOATS, "int8": ["int8"], "fp8": ["fp8"]}
         tokens = {name: rounder.rounded(f"{name} token", list(formats)) for name, formats in beside.items()}
-        row(whole["int4"], tokens["int4"], many, in_claim=False)
-        row(whole["fp4"], tokens["fp4"], many, in_claim=False)
-        row(tokens["int4"], tokens["fp4"], many, in_claim=False)
-        row(tokens["int8"], tokens["fp8"], many, in_claim=False)
+        table.add(whole["int4"], tokens["int4"], shown=True)
+        table.add(whole["fp4"], tokens["fp4"], shown=True)
+        table.add(tokens["int4"], tokens["fp4"], shown=True)
+        table.add(tokens["int8"], tokens["fp8"], shown=True)
+        holds &= table.close()
     print(f"\nThe direction {'holds' if holds else 'does NOT hold'} at every comparison tried.")
     sys.exit(HOLDS if holds else FAILS)

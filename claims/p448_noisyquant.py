@@ -8,19 +8,20 @@ calibration data. Beside the claim stands the noise where half of these data sho
 
 import sys
 
-from _rounding import ALWAYS, Rounder, heading, row
+from _rounding import ALWAYS, Comparisons, Rounder
 from _shared import FAILS, HOLDS, babyllama, minilm
 
 if __name__ == "__main__":
     holds = True
     for subject, pattern in ((minilm(), "*[0-9].output.dense"), (babyllama(), "*down_proj")):
         rounder = Rounder(subject, pattern)
-        heading("Noise before rounding lessens the error of GELU and SiLU inputs.", rounder)
+        table = Comparisons("Noise before rounding lessens the error of GELU and SiLU inputs.", rounder)
         for bits in (4, 6, 8):
             plain = rounder.rounded(f"int{bits}", f"int{bits},tensor")
             always = rounder.rounded(f"int{bits} noise", f"int{bits},tensor,dither", ALWAYS)
             tested = rounder.rounded(f"int{bits} noise where it helps", f"int{bits},tensor,dither")
-            holds &= row(plain, always, len(rounder.layers))
-            row(plain, tested, len(rounder.layers), in_claim=False)
+            table.add(plain, always)
+            table.add(plain, tested, shown=True)
+        holds &= table.close()
     print(f"\nThe direction {'holds' if holds else 'does NOT hold'} at every width tried.")
     sys.exit(HOLDS if holds else FAILS)
