@@ -8,12 +8,12 @@ of a whole plan. It is a growing function of the sum, so it changes no choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tersor.build.fits import fits_of, load_fit
 from tersor.errors import UnreachableBudget
-from tersor.models.compare import Reference
+from tersor.models.compare import Reference, substituted
 from tersor.models.model import Model
 from tersor.models.sites import Site
 from tersor.plan import UNTOUCHED, Choice, Limits, Planner
@@ -27,19 +27,14 @@ def applied(run: Run, model: Model, sites: Sequence[Site], choices: Sequence[Cho
     """The model with these choices in the place of its weights, put back at the end; yields the sum of their
     divergences as fitted, gains included."""
     wanted = {c.site: c for c in choices if c.form != UNTOUCHED}
-    kept, total = [], 0.0
-    try:
+    total = 0.0
+    with ExitStack() as stack:
         for site in sites:
             if site.name in wanted:
                 fit = load_fit(run, site, wanted[site.name])
                 total += fit.divergence * run.gain(site.name, wanted[site.name].form)
-                parameter = site.parameter(model.module)
-                kept.append((parameter, parameter.data))
-                parameter.data = site.to_parameter(fit.matrices()).to(parameter.data).contiguous()
+                stack.enter_context(substituted(model, site, fit.matrices()))
         yield total
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
 
 
 def measure_interaction(

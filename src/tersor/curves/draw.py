@@ -74,14 +74,19 @@ def settle_damping(
     known = run.get("damping")
     if known is not None:
         return Damping(**known)
-    usable = [s for s in sites if all(run.has_tensors(file_of(s, part)) for part in ("fit", "check"))]
-    tables = [s for s in usable if s.kind == "table"][:1]
-    others = [s for s in usable if s.kind != "table"]
-    picked = others[:: max(1, -(-len(others) // DAMPING_SITES))] + tables
+    picked = [site for site in damping_sites(run, sites) if run.has_tensors(file_of(site, "check"))]
     damping, evidence = choose_damping([_sample(run, model, site, kind) for site in picked], progress)
     run.put("damping_evidence", evidence)
     run.put("damping", {"inputs": damping.inputs, "gradients": damping.gradients, "frequencies": damping.frequencies})
     return damping
+
+
+def damping_sites(run: Run, sites: Sequence[Site]) -> list[Site]:
+    """The sites on which the damping is chosen, of those that the model used: a few over its depth, and a table."""
+    usable = [site for site in sites if run.has_tensors(file_of(site, "fit"))]
+    tables = [s for s in usable if s.kind == "table"][:1]
+    others = [s for s in usable if s.kind != "table"]
+    return others[:: max(1, -(-len(others) // DAMPING_SITES))] + tables
 
 
 def _sample(run: Run, model: Model, site: Site, kind: str) -> Sample:

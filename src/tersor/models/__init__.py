@@ -19,10 +19,12 @@ def open_model(
     weights: str | Path | None = None,
     divergence: str | Divergence | None = None,
     device: str = "cpu",
+    on_demand: bool = False,
 ) -> Model:
     """Open a Hugging Face folder, a `file.py:factory` with `weights`, or a module that is already in memory.
 
-    Raises TersorError, naming what is wrong, where `source` is none of these.
+    Weights that are read `on_demand` are in memory only while they are used. Raises TersorError, naming what is wrong,
+    where `source` is none of these.
     """
     try:
         torch.empty(0, device=device)
@@ -38,11 +40,11 @@ def open_model(
     if path.is_dir():
         from tersor.models.huggingface import HuggingFaceModel
 
-        return HuggingFaceModel(path, divergence, device)
+        return HuggingFaceModel(path, divergence, device, on_demand)
     if ":" in str(source):
         from tersor.models.module import open_module
 
-        return open_module(str(source), None if weights is None else Path(weights), divergence, device)
+        return open_module(str(source), None if weights is None else Path(weights), divergence, device, on_demand)
     raise TersorError(f"{source} is neither a model folder nor a factory such as file.py:function.")
 
 

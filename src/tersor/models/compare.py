@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.models.model import Batch, Model
+from tersor.models.ondemand import replaced
 from tersor.models.prefix import Prefix
 from tersor.models.sites import Site
 
@@ -69,10 +70,5 @@ def mean_by_unit(values: Tensor, units: Tensor) -> np.ndarray:
 @contextmanager
 def substituted(model: Model, site: Site, matrices: Tensor) -> Iterator[None]:
     """The model with the weight of `site` replaced by `matrices` (stack, rows, columns), put back at the end."""
-    parameter = site.parameter(model.module)
-    kept = parameter.data
-    parameter.data = site.to_parameter(matrices).to(kept).contiguous()
-    try:
+    with replaced(site.parameter(model.module), site.to_parameter(matrices)):
         yield
-    finally:
-        parameter.data = kept

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,16 @@ def model_class(folder: Path, config: dict[str, Any]) -> tuple[Any, str]:
     return transformers.AutoModel, "encoder"
 
 
-def laid_out(folder: Path, cls: Any, config: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
+def laid_out(
+    folder: Path,
+    cls: Any,
+    config: dict[str, Any],
+    checkpoint: Checkpoint,
+    within: Callable[[], AbstractContextManager[Any]] = lambda: torch.device("meta"),
+) -> nn.Module:
     """The module of a folder without memory for its weights, to see what it will take before it takes it.
 
+    It is made `within` a context that keeps them from it: that of the meta device, or one that leaves buffers alone.
     Raises TersorError where the config asks for far more than the files hold, or for weights that are none there.
     """
     for key, value in config.items():
@@ -107,11 +114,11 @@ def laid_out(folder: Path, cls: Any, config: dict[str, Any], checkpoint: Checkpo
     with quiet_transformers(), opened_as(folder, cls):
         if cls is transformers.AutoModel:
             settings = transformers.AutoConfig.from_pretrained(folder, **SAFELY)
-            with torch.device("meta"):
+            with within():
                 module: nn.Module = cls.from_config(settings, trust_remote_code=False)
         else:
             settings = cls.config_class.from_pretrained(folder, **SAFELY)
-            with torch.device("meta"):
+            with within():
                 module = cls(settings)
     return module
 

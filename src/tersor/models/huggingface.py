@@ -29,6 +29,7 @@ from tersor.models.config import (
 from tersor.models.divergence import Divergence, divergence_named
 from tersor.models.files import Checkpoint, open_checkpoint
 from tersor.models.model import Batch, Identity, device_of
+from tersor.models.ondemand import take_from_file, without_weights
 
 IGNORED = -100
 CHARACTERS = 4  # that make a token, roughly
@@ -39,11 +40,17 @@ _DEFAULT_DIVERGENCE = {"encoder": "cosine", "regressor": "mse"}
 class HuggingFaceModel:
     """A transformers model read from `folder`; `head` says what its outputs are."""
 
-    def __init__(self, folder: Path, divergence: str | Divergence | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        divergence: str | Divergence | None = None,
+        device: str = "cpu",
+        on_demand: bool = False,
+    ) -> None:
         self.folder = folder
         self.checkpoint = open_checkpoint(folder)
-        self.module, self.head = _load(folder, self.checkpoint)
-        self.module.to(device).eval()
+        self.module, self.head = _load(folder, self.checkpoint, device, on_demand)
+        self.module.eval()
         if divergence is None:
             divergence = _DEFAULT_DIVERGENCE.get(self.head, "kl")
         self.divergence = divergence_named(divergence) if isinstance(divergence, str) else divergence
@@ -266,7 +273,8 @@ class HuggingFaceModel:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
+def _load(folder: Path, checkpoint: Checkpoint, device: str, on_demand: bool) -> tuple[nn.Module, str]:
+    """The module of a folder and the kind of its head; `on_demand`, its weights stay in its files."""
     config = read_config(folder)
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "unknown")
@@ -278,6 +286,18 @@ def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
     empty = laid_out(folder, cls, config, checkpoint)
     refuse_too_large(folder, empty, checkpoint)
     _refuse_whole_numbers(empty, checkpoint)
+    if on_demand:
+        module = laid_out(folder, cls, config, checkpoint, without_weights)
+        take_from_file(module, checkpoint, folder, device, str(module.base_model_prefix))
+    else:
+        module = _read(folder, cls).to(device)
+    if hasattr(module.config, "_experts_implementation"):
+        module.config._experts_implementation = "eager"
+    return module, head
+
+
+def _read(folder: Path, cls: Any) -> Any:
+    """The module of a folder with all of its weights, as transformers reads them."""
     with quiet_transformers(), opened_as(folder, cls):
         module, info = cls.from_pretrained(
             folder,
@@ -291,9 +311,7 @@ def _load(folder: Path, checkpoint: Checkpoint) -> tuple[nn.Module, str]:
     missing = sorted(info["missing_keys"])
     if missing:
         raise TersorError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} weights are missing).")
-    if hasattr(module.config, "_experts_implementation"):
-        module.config._experts_implementation = "eager"
-    return module, head
+    return module
 
 
 def _refuse_whole_numbers(module: nn.Module, checkpoint: Checkpoint) -> None:

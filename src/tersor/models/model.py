@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tersor.data import Data
 from tersor.models.divergence import Divergence
+from tersor.models.ondemand import Unread
 
 Batch = Any
 
@@ -40,7 +41,10 @@ def size_of(batch: Batch) -> int:
 def device_of(module: nn.Module) -> torch.device:
     """Where a module lies; one built of operators alone has buffers only."""
     for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
+        if not tensor.is_meta:
+            return tensor.device
+        if isinstance(tensor, Unread):
+            return tensor.home
     return torch.device("cpu")
 
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tersor.errors import TersorError
 from tersor.models.divergence import Divergence, divergence_named
 from tersor.models.files import file_bytes, open_checkpoint, read_tensors
 from tersor.models.model import Batch, Identity, device_of
+from tersor.models.ondemand import take_from_file, values_of, without_weights
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class ModuleModel:
         source: str = "",
         device: str = "cpu",
     ) -> None:
-        self.module = module.to(device).eval()
+        self.module = module.eval()
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(device)
         self.divergence = divergence_named(divergence) if isinstance(divergence, str) else divergence
         self.preprocess = preprocess or _as_tensor
-        state = module.state_dict()
+        state = module.state_dict(keep_vars=True)
         self.identity = Identity(
             "module",
             source or type(module).__name__,
@@ -116,22 +120,32 @@ class ModuleModel:
 
 
 def open_module(
-    spec: str, weights: Path | None, divergence: str | Divergence | None = None, device: str = "cpu"
+    spec: str,
+    weights: Path | None,
+    divergence: str | Divergence | None = None,
+    device: str = "cpu",
+    on_demand: bool = False,
 ) -> ModuleModel:
-    """Open `package.module:factory` or `file.py:factory`, with weights from a safetensors file.
+    """Open `package.module:factory` or `file.py:factory`, with weights from a safetensors file or read `on_demand`.
 
     Raises TersorError where the factory is missing or fails, or where the weights do not fit it.
     """
     namespace, factory = find_factory(spec)
+    if on_demand and weights is None:
+        raise TersorError(f"The weights of {spec} can be read on demand only from a file; give --weights.")
     try:
-        module = factory()
+        with without_weights() if on_demand else nullcontext():
+            module = factory()
     except Exception as error:
         raise TersorError(f"The factory {spec} failed: {error}.") from error
     if not isinstance(module, nn.Module):
         raise TersorError(f"The factory {spec} returned {type(module).__name__}, not a torch.nn.Module.")
     if weights is not None:
         open_checkpoint(weights).refuse_empty()
-        _load(module, read_tensors(weights), f"{weights} does not fit {spec}")
+        if on_demand:
+            take_from_file(module, open_checkpoint(weights), weights, device)
+        else:
+            _load(module, read_tensors(weights), f"{weights} does not fit {spec}")
     preprocess = getattr(namespace, "preprocess", None) or _normaliser(namespace)
     return ModuleModel(module, divergence or "kl", preprocess, spec, device)
 
@@ -209,7 +223,7 @@ def _fingerprint(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
+        flat = values_of(tensor).reshape(-1)
         sample = flat[:: max(1, flat.numel() // 1024)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
     return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ one batch shows before it is relied on; where it is not, all of the model runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ CLOSE = 1e-3  # of the norm of an output: sums may be taken in another order, an
 Run = Callable[[int], Tensor]
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """All that was asked for is recorded."""
 
 
@@ -94,29 +94,7 @@ class Prefix:
 
     @cached_property
     def _spans(self) -> dict[str, tuple[int, int]]:
-        """When the modules that are called once begin and end, by name, in the first batch."""
-        clock = 0
-        begun: dict[str, int] = {}
-        ended: dict[str, int] = {}
-        calls: dict[str, int] = {}
-        with ExitStack() as hooks:
-
-            def before(name: str, *_: Any) -> None:
-                nonlocal clock
-                clock += 1
-                begun[name], calls[name] = clock, calls.get(name, 0) + 1
-
-            def after(name: str, *_: Any) -> None:
-                nonlocal clock
-                clock += 1
-                ended[name] = clock
-
-            for name, module in self._module.named_modules():
-                hooks.callback(module.register_forward_pre_hook(_named(before, name)).remove)
-                hooks.callback(module.register_forward_hook(_named(after, name)).remove)
-            self._run(0)
-        spans = {name: (begun[name], ended[name]) for name, many in calls.items() if many == 1 and name in ended}
-        return {"": (0, clock + 1), **spans}
+        return spans_of(self._module, lambda: self._run(0))
 
     def _record(self, last: list[str], done: tuple[str, ...]) -> None:
         """Run every batch up to the end of the last block done, from where the outputs of before end if they serve."""
@@ -129,7 +107,7 @@ class Prefix:
             def keep(name: str, _: nn.Module, __: Any, output: Any) -> None:
                 found[name].append(tree_map(_detached, output))
                 if name == final:
-                    raise _Enough
+                    raise Enough
 
             for name in found:
                 module = self._module.get_submodule(name)
@@ -138,7 +116,7 @@ class Prefix:
                 select(number)
                 try:
                     self._run(number)
-                except _Enough:
+                except Enough:
                     continue
         kept = {name: found[name] if name in found else known[name] for name in last}
         whole = all(len(outputs) == self._count for outputs in kept.values())
@@ -155,22 +133,54 @@ class Prefix:
             nonlocal at
             at = number
 
-        def stub(name: str) -> Callable[..., Any]:
+        def give(name: str) -> Any:
             """Blocks of a chain give things of one kind, so that a lost one is like one that is kept."""
             chain = name.rpartition(".")[0]
             kept = next(other for other in self._outputs if other.rpartition(".")[0] == chain)
-            change = _copied if name == kept else _lost
-            return lambda *_, **__: tree_map(change, self._outputs[kept][at])
+            return tree_map(_copied if name == kept else lost, self._outputs[kept][at])
 
-        with ExitStack() as replaced:
-            for name in done:
-                attributes = self._module.get_submodule(name).__dict__
-                if "forward" in attributes:
-                    replaced.callback(attributes.__setitem__, "forward", attributes["forward"])
-                else:
-                    replaced.callback(attributes.pop, "forward")
-                attributes["forward"] = stub(name)
+        with stubbed(self._module, done, give):
             yield select
+
+
+@contextmanager
+def stubbed(module: nn.Module, done: Iterable[str], give: Callable[[str], Any]) -> Iterator[None]:
+    """Inside, these submodules do nothing but hand on what `give(name)` returns."""
+    with ExitStack() as replaced:
+        for name in done:
+            attributes = module.get_submodule(name).__dict__
+            if "forward" in attributes:
+                replaced.callback(attributes.__setitem__, "forward", attributes["forward"])
+            else:
+                replaced.callback(attributes.pop, "forward")
+            attributes["forward"] = lambda *_, name=name, **__: give(name)
+        yield
+
+
+def spans_of(module: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[int, int]]:
+    """When the submodules that are called once in a run of a module begin and end, by name; the module itself is ``."""
+    clock = 0
+    begun: dict[str, int] = {}
+    ended: dict[str, int] = {}
+    calls: dict[str, int] = {}
+
+    def before(name: str, *_: Any) -> None:
+        nonlocal clock
+        clock += 1
+        begun[name], calls[name] = clock, calls.get(name, 0) + 1
+
+    def after(name: str, *_: Any) -> None:
+        nonlocal clock
+        clock += 1
+        ended[name] = clock
+
+    with ExitStack() as hooks:
+        for name, child in module.named_modules():
+            hooks.callback(child.register_forward_pre_hook(_named(before, name)).remove)
+            hooks.callback(child.register_forward_hook(_named(after, name)).remove)
+        run()
+    spans = {name: (begun[name], ended[name]) for name, many in calls.items() if many == 1 and name in ended}
+    return {"": (0, clock + 1), **spans}
 
 
 def _named(hook: Callable[..., None], name: str) -> Callable[..., None]:
@@ -186,7 +196,7 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _lost(value: Any) -> Any:
+def lost(value: Any) -> Any:
     """NaN in the place of floating-point values."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.new_full((), float("nan")).expand(value.shape)

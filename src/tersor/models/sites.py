@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
+from tersor.models.ondemand import values_of
 
 MINIMUM_WEIGHTS = 4096
 EXCLUDED = "excluded by a pattern"
@@ -54,7 +55,7 @@ class Site:
 
     def matrices(self, module: nn.Module) -> Tensor:
         """The weight as (stack, rows, columns), float32, a copy."""
-        return self.to_matrices(self.parameter(module).detach()).float().contiguous()
+        return self.to_matrices(values_of(self.parameter(module))).float().contiguous()
 
     def to_matrices(self, parameter: Tensor) -> Tensor:
         turned = parameter.T if self.kind == "transposed" else parameter
@@ -116,7 +117,7 @@ def walk(
             kept.append(site)
     used = [*(s.parameter_name for s in kept), *(name for name, *_, why in untouched if why != EXCLUDED)]
     for name in used if check else ():
-        if not torch.isfinite(module.get_parameter(name)).all():
+        if not torch.isfinite(values_of(module.get_parameter(name))).all():
             raise TersorError(f"The weight {name} has NaN or infinite entries; mend the checkpoint first.")
     if not kept:
         raise TersorError(f"The model has no weight of at least {minimum} entries that could be approximated.")

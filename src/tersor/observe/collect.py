@@ -6,7 +6,9 @@ matrix products), so tied weights, fused experts and layers with a forward of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ class Collector(TorchFunctionMode):
     """Gathers summaries of `sites` while active; `begin(batch)` says which positions are real.
 
     `summaries[site, index, use]` grows by every call that uses a weight; gradients enter when `backward` is called.
+    While it is not `counting`, calls are those of a part that is run again: `strays` are the sites there that gradients
+    reach nevertheless.
     """
 
     def __init__(self, model: Model, sites: Iterable[Site], *, gradients: bool) -> None:
@@ -41,6 +45,8 @@ class Collector(TorchFunctionMode):
         self.rows_are_inputs: dict[Key, bool] = {}
         self.gradients = gradients
         self.predictions = 0
+        self.counting = True
+        self.strays: set[str] = set()
         self._masks: list[Tensor] = []
         self._routed: Tensor | None = None
         self._batches = 0
@@ -49,11 +55,20 @@ class Collector(TorchFunctionMode):
         self._of: dict[int, Site] = {id(site.parameter(model.module)): site for site in sites}
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def begin(self, masks: list[Tensor]) -> None:
+    def begin(self, masks: list[Tensor], *, counting: bool = True) -> None:
         """Start a batch whose real positions are those where a mask (batch, length) of its shape is not zero."""
+        self.counting = counting
         self._masks = [m.bool() for m in masks]
         self._batches += 1
         self._last_source = self._routed = None
+
+    def finish(self, predictions: int) -> None:
+        """Give all summaries the number of predictions; raises TersorError for one that is not finite."""
+        self.predictions = predictions
+        for (name, *_), summary in self.summaries.items():
+            summary.predictions = predictions
+            if not (summary.weighted_gradients.isfinite().all() and summary.inputs.isfinite().all()):
+                raise TersorError(f"The model gives NaN or infinite values at {name} on the calibration data.")
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,15 +87,22 @@ class Collector(TorchFunctionMode):
             return output
         if self.gradients and not output.requires_grad:
             output = output + self._anchor.to(output.device, output.dtype)
+        if not self.counting:
+            if self.gradients:
+                output.register_hook(partial(self._stray, found[0].name))
+            return output
         self._record(found, func, x, output, args, kwargs)
         return output
+
+    def _stray(self, name: str, _: Tensor) -> None:
+        self.strays.add(name)
 
     def _find(self, weight: Any) -> tuple[Site, int | None, bool] | None:
         """(site, index in the stack or None for all, turned) of a weight or of a view of one."""
         if not isinstance(weight, Tensor):
             return None
-        base = weight if id(weight) in self._of else weight._base
-        site = self._of.get(id(base))
+        base = weight if self._site_of(weight) is not None else weight._base
+        site = self._site_of(base)
         if site is None or base is None:
             return None
         if weight is base:
@@ -93,6 +115,10 @@ class Collector(TorchFunctionMode):
         if weight.dim() == 2 and weight.numel() == base[0].numel():
             return site, weight.storage_offset() // base.stride(0), turned
         return None
+
+    def _site_of(self, weight: Tensor | None) -> Site | None:
+        """The site of a weight; one that was read from a file on demand stands for the one that lies there."""
+        return self._of.get(id(getattr(weight, "unread", weight)))
 
     def _record(
         self, found: tuple[Site, int | None, bool], func: Any, x: Tensor, output: Tensor, args: Any, kwargs: Any
@@ -126,7 +152,9 @@ class Collector(TorchFunctionMode):
         self.rows_are_inputs[key] = rows_are_inputs
         size = site.shape[0] if rows_are_inputs else site.shape[1]
         if key not in self.summaries:
-            self.summaries[key] = Summary.zeros(size, outputs, LARGEST_MOMENT, key[2] == "table", x.device)
+            self.summaries[key] = Summary.zeros(
+                size, outputs, LARGEST_MOMENT, key[2] == "table", x.device, gradients=self.gradients
+            )
         summary = self.summaries[key]
         unfold = _unfolder(func, args, kwargs, site)
 
@@ -296,32 +324,41 @@ def collect(
     Gradients are those of the probe of `divergence`, by default the model's.
     """
     divergence = divergence or model.divergence
-    module = model.module
-    required = [(p, p.requires_grad) for p in module.parameters()]
-    training = module.training
-    module.eval()
-    module.requires_grad_(False)
     collector = Collector(model, sites, gradients=gradients)
     generator = torch.Generator(model.device).manual_seed(seed)
-    try:
+    predictions = 0
+    with frozen(model.module):
         for number, batch in enumerate(batches, 1):
             collector.begin(model.masks(batch))
             with torch.set_grad_enabled(gradients), collector:
                 output = outputs_of(model, batch, number)
-            if not output.isfinite().all():
-                raise TersorError(f"The model's outputs for batch {number} of the data are NaN or infinite.")
-            collector.predictions += output.shape[0]
+            refuse_not_finite(output, number)
+            predictions += output.shape[0]
             if gradients:
                 divergence.probe(output, generator).backward()
+    collector.finish(predictions)
+    return collector
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, a module is in evaluation mode and no parameter of it asks for a gradient."""
+    required = [(p, p.requires_grad) for p in module.parameters()]
+    training = module.training
+    module.eval()
+    module.requires_grad_(False)
+    try:
+        yield
     finally:
         module.train(training)
         for parameter, flag in required:
             parameter.requires_grad_(flag)
-    for (name, *_), summary in collector.summaries.items():
-        summary.predictions = collector.predictions
-        if not (summary.weighted_gradients.isfinite().all() and summary.inputs.isfinite().all()):
-            raise TersorError(f"The model gives NaN or infinite values at {name} on the calibration data.")
-    return collector
+
+
+def refuse_not_finite(output: Tensor, number: int) -> None:
+    """Raise TersorError where the output of a model for a batch has NaN or infinite entries."""
+    if not output.isfinite().all():
+        raise TersorError(f"The model's outputs for batch {number} of the data are NaN or infinite.")
 
 
 def outputs_of(model: Model, batch: Batch, number: int) -> Tensor:

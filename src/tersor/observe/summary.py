@@ -39,9 +39,19 @@ class Summary:
 
     @classmethod
     def zeros(
-        cls, inputs: int, outputs: int, largest: int, diagonal_inputs: bool = False, device: torch.device | None = None
+        cls,
+        inputs: int,
+        outputs: int,
+        largest: int,
+        diagonal_inputs: bool = False,
+        device: torch.device | None = None,
+        *,
+        gradients: bool = True,
     ) -> Summary:
-        """An empty summary; a side longer than `largest` keeps its diagonal alone (in float64; whole in float32)."""
+        """An empty summary; a side longer than `largest` keeps its diagonal alone (in float64; whole in float32).
+
+        Without `gradients` the moments that they weigh stay empty, so they are diagonals.
+        """
 
         def moment(size: int, diagonal: bool) -> Tensor:
             if diagonal:
@@ -50,7 +60,8 @@ class Summary:
 
         a = diagonal_inputs or inputs > largest
         total = torch.zeros(inputs, dtype=torch.float64, device=device)
-        return cls(moment(inputs, a), moment(inputs, a), moment(outputs, outputs > largest), total)
+        weighted = moment(inputs, a or not gradients), moment(outputs, outputs > largest or not gradients)
+        return cls(moment(inputs, a), *weighted, total)
 
     def __add__(self, other: Summary) -> Summary:
         return Summary(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

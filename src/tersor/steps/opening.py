@@ -170,10 +170,11 @@ def open_study(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "cpu",
+    on_demand: bool = False,
     create: bool = True,
 ) -> Study:
     """Open a model with its run folder, which is made where there is none, and refused where it is another model's."""
-    opened = open_model(model, weights=weights, divergence=divergence, device=device)
+    opened = open_model(model, weights=weights, divergence=divergence, device=device, on_demand=on_demand)
     found = walk(opened.module, include, exclude)
     dtypes = stored_dtypes(opened.module, getattr(opened, "checkpoint", None))
     sites = tuple(replace(s, dtype=dtypes.get(s.parameter_name, s.dtype)) for s in found.sites)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -16,17 +16,18 @@ from torch import nn
 
 from tersor.build.interaction import measure_interaction
 from tersor.build.latency import measure_latencies, one_sample
-from tersor.curves.draw import Ladders, draw_all, probe_gains, settle_damping
+from tersor.curves.draw import Ladders, damping_sites, draw_all, probe_gains, settle_damping
 from tersor.curves.limit import store_spectra
 from tersor.data import Data, read_data
 from tersor.engine import pool_of
 from tersor.errors import TersorError
 from tersor.forms import USUAL, form_named
 from tersor.metrics import KINDS
-from tersor.models import Batch, Model
+from tersor.models import Batch, Divergence, Model, Site
 from tersor.models.compare import Reference
 from tersor.models.divergence import softened
-from tersor.observe import collect, store_summaries, unseen
+from tersor.models.ondemand import is_on_demand
+from tersor.observe import Collector, collect, collect_by_block, store_summaries, unseen
 from tersor.observe.certainty import certainty
 from tersor.observe.store import file_of
 from tersor.run import Run, fingerprint_of
@@ -191,18 +192,34 @@ def _observe(
         found = certainty(opened.model, fit, check, soften=unseen_data)
         opened.run.put("certainty", {**asdict(found), "is_certain": found.is_certain})
         divergence = softened(divergence, found.temperature)
-    for part, batches in (("fit", fit), ("check", check)):
 
-        def reported(batches: list[Batch] = batches, part: str = part) -> Any:
-            for number, batch in enumerate(batches):
-                progress("observe", part, number, len(batches))
-                yield batch
+    def watch(part: str, batches: list[Batch], sites: tuple[Site, ...], probed: Divergence) -> None:
+        shown = partial(progress, "observe", part)
+        for collector in _collectors(opened, sites, batches, shown, gradients=gradients, seed=seed, divergence=probed):
+            store_summaries(opened.run, sites, collector, part)
 
-        of_part = divergence if part == "fit" else opened.model.divergence
-        collector = collect(opened.model, opened.sites, reported(), gradients=gradients, seed=seed, divergence=of_part)
-        store_summaries(opened.run, opened.sites, collector, part)
-    if not any(opened.run.has_tensors(file_of(s, "fit")) for s in opened.sites):
+    watch("fit", fit, opened.sites, divergence)
+    few = damping_sites(opened.run, opened.sites)
+    if not few:
         raise TersorError("The model used none of its sites on the calibration data, so nothing was observed.")
+    watch("check", check, tuple(few), opened.model.divergence)
     missing = [s for s in opened.sites if not opened.run.has_tensors(file_of(s, "fit"))]
     opened.run.put("unseen_sites", unseen(opened.model, missing, fit[0]))
     opened.run.put("unused_sites", [s.name for s in missing])
+
+
+def _collectors(
+    opened: Study, sites: Sequence[Site], batches: list[Batch], progress: Callable[[int, int], Any], **options: Any
+) -> Iterator[Collector]:
+    """The summaries of the sites: of all at once, or block by block where weights are read on demand."""
+    if is_on_demand(opened.model.module):
+        spool = opened.run.folder / "spool"
+        yield from collect_by_block(opened.model, sites, batches, spool, progress=progress, **options)
+        return
+
+    def reported() -> Iterator[Batch]:
+        for number, batch in enumerate(batches):
+            progress(number, len(batches))
+            yield batch
+
+    yield collect(opened.model, sites, reported(), **options)

@@ -1,0 +1,207 @@
+"""Weights on demand: a module whose parameters lie in its checkpoint, and in memory only while they are used.
+
+Such a parameter is on the meta device and can be read. A module that owns some has them while its forward runs, a block
+of a chain all of its own at once; whoever holds a module for longer keeps them for longer. What reads a parameter
+outside of a forward goes through `values_of`, what puts another weight in its place through `replaced`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tersor.errors import TersorError
+from tersor.models.files import Checkpoint
+
+_OWNED = "_unread"  # in the __dict__ of a module: its parameters that are in a file, by name
+Place = tuple[nn.Module, str]
+
+
+class Unread(nn.Parameter):
+    """A parameter that lies under `key` in a safetensors file; `read` gives it, or what stands in for it.
+
+    `places` are the modules that have it, with its name there: more than one where weights are tied.
+    """
+
+    path: Path
+    key: str
+    home: torch.device
+    places: list[Place]
+    stand_in: Tensor | None
+    holders: int
+
+    def __new__(cls, like: Tensor, path: Path, key: str, home: torch.device) -> Unread:
+        made: Unread = torch.Tensor._make_subclass(cls, torch.empty_like(like, device="meta"), False)
+        made.path, made.key, made.home = path, key, home
+        made.places, made.stand_in, made.holders = [], None, 0
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unread:
+        made = Unread(self, self.path, self.key, self.home)
+        memo[id(self)] = made
+        made.stand_in, made.places = self.stand_in, copy.deepcopy(self.places, memo)
+        return made
+
+    def read(self) -> Tensor:
+        if self.stand_in is not None:
+            return self.stand_in
+        with safe_open(self.path, "pt") as file:
+            values: Tensor = file.get_tensor(self.key)
+        return values.to(self.home, self.dtype)
+
+    def hold(self) -> None:
+        """Put the values in its places, if nobody did before."""
+        self.holders += 1
+        if self.holders == 1:
+            values = nn.Parameter(self.read(), requires_grad=False)
+            values.unread = self  # type: ignore[attr-defined]
+            for owner, name in self.places:
+                owner._parameters[name] = values
+
+    def release(self) -> None:
+        """The inverse of `hold`; the values go with the last who held them."""
+        self.holders -= 1
+        if self.holders == 0:
+            for owner, name in self.places:
+                owner._parameters[name] = self
+
+
+class _Held:
+    """The forward of a module that has its parameters, and those of all inside it if `whole`, while it runs."""
+
+    def __init__(self, module: nn.Module, whole: bool) -> None:
+        self.module, self.whole = module, whole
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return type(self.module).forward.__get__(self.module)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with held(self.module, whole=self.whole):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def is_on_demand(module: nn.Module) -> bool:
+    """Whether weights of a module are in memory only while they are used."""
+    return any(_OWNED in owner.__dict__ for owner in module.modules())
+
+
+@contextmanager
+def held(module: nn.Module, whole: bool = True) -> Iterator[None]:
+    """Inside, the parameters of a module, of all inside it if `whole`, are in memory."""
+    owners = module.modules() if whole else [module]
+    with ExitStack() as stack:
+        for owner in owners:
+            for parameter in owner.__dict__.get(_OWNED, {}).values():
+                parameter.hold()
+                stack.callback(parameter.release)
+        yield
+
+
+def values_of(parameter: Tensor) -> Tensor:
+    """The values of a parameter, wherever they are."""
+    return parameter.read() if isinstance(parameter, Unread) else parameter.detach()
+
+
+@contextmanager
+def replaced(parameter: nn.Parameter, values: Tensor) -> Iterator[None]:
+    """Inside, a parameter has other values."""
+    if isinstance(parameter, Unread):
+        before, parameter.stand_in = parameter.stand_in, values.to(parameter.home, parameter.dtype).contiguous()
+        try:
+            yield
+        finally:
+            parameter.stand_in = before
+        return
+    kept, parameter.data = parameter.data, values.to(parameter.data).contiguous()
+    try:
+        yield
+    finally:
+        parameter.data = kept
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, modules are made with parameters on the meta device and buffers in memory."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def take_from_file(module: nn.Module, checkpoint: Checkpoint, source: Path, device: str, prefix: str = "") -> None:
+    """Have every parameter of `module`, which has none in memory, read on demand; its buffers move to `device`.
+
+    A name in the files may have the `prefix` of a model inside a larger one, or lack it. Raises TersorError for a
+    tensor of the module that the files have under another name or in another shape.
+    """
+    home = torch.device(device)
+    names: dict[int, list[str]] = {}
+    places: dict[int, list[Place]] = {}
+    for place, owner in module.named_modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{place}.{name}".removeprefix("."))
+                places.setdefault(id(parameter), []).append((owner, name))
+    for number, found in names.items():
+        owner, name = places[number][0]
+        like = owner._parameters[name]
+        assert like is not None
+        key = _key_of(found, tuple(like.shape), checkpoint, source, prefix)
+        unread = Unread(like, checkpoint.entries[key][0], key, home)
+        unread.places = places[number]
+        for owner, name in unread.places:
+            owner._parameters[name] = unread
+            owner.__dict__.setdefault(_OWNED, {})[name] = unread
+    kept = module.state_dict(keep_vars=True)
+    for place, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            full = f"{place}.{name}".removeprefix(".")
+            if buffer is not None and full in kept:
+                key = _key_of([full], tuple(buffer.shape), checkpoint, source, prefix)
+                with safe_open(checkpoint.entries[key][0], "pt") as file:
+                    buffer = file.get_tensor(key).to(buffer.dtype)
+            owner._buffers[name] = None if buffer is None else buffer.to(home)
+    for owner, whole in _units(module):
+        owner.__dict__["forward"] = _Held(owner, whole)
+
+
+def _key_of(names: list[str], shape: tuple[int, ...], checkpoint: Checkpoint, source: Path, prefix: str) -> str:
+    """The name in the files of a tensor with these names in the module."""
+    for name in names:
+        for key in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if key in checkpoint.entries:
+                path, found, _ = checkpoint.entries[key]
+                if found != shape:
+                    raise TersorError(f"{path}: {key} has shape {found}, but the model asks for {shape}.")
+                return key
+    raise TersorError(
+        f"{source} has no {names[0]} under that name, so its weights cannot be read on demand; leave out --memory."
+    )
+
+
+def _units(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """The modules that are given their weights as they run: whole blocks of chains, the others each with its own."""
+    is_chain = isinstance(module, nn.ModuleList | nn.Sequential)
+    if module.__dict__.get(_OWNED):
+        yield module, False
+    for child in module.children():
+        if is_chain:
+            yield child, True
+        else:
+            yield from _units(child)
