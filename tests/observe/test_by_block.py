@@ -54,7 +54,9 @@ def test_a_study_on_demand_is_that_of_the_whole_model(
 
     folder, batches = make_checkpoint("llama-tied", torch.bfloat16), token_batches(count=6)
     options = {**quick, "metric": metric, "damping": None}
-    studies = [study(folder, batches, tmp_path / f"run{d}", on_demand=d, **options) for d in (False, True)]
+    studies = [
+        study(folder, batches, tmp_path / f"run{d}", memory="4GB" if d else None, **options) for d in (False, True)
+    ]
     for site in studies[0].sites:
         a, b = ([(c.setting, c.divergence) for c in s.run.candidates(site.name)] for s in studies)
         assert a == b and a

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from tersor.build.layout import distinct_state
 from tersor.errors import TersorError
 from tersor.foreign import COUNT, POSITIVE, check, read_json, refuse_links, understood
 from tersor.forms import Operator, form_named, setting_of, settings_of
-from tersor.models.files import Checkpoint, open_checkpoint, read_tensors, write_safetensors, write_text
+from tersor.models.files import Checkpoint, Entry, open_checkpoint, read_tensors, write_tensors, write_text
+from tersor.models.ondemand import values_of
 from tersor.models.sites import Site, walk
 from tersor.plan import PLAN, Choice
 from tersor.run.facts import JUDGEMENT, PLACES, UNTOUCHED_ROWS
@@ -68,17 +69,16 @@ def stored_dtypes(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str,
 
 def write_artifact(
     out: Path,
-    module: nn.Module,
+    entries: Sequence[Entry],
+    tensor_of: Callable[[str], Tensor],
     sites: Sequence[Site],
     choices: Sequence[Choice],
-    dtypes: Mapping[str, torch.dtype],
     config: dict[str, Any] | None,
     record: dict[str, Any],
     rounded: Sequence[Rounded] = (),
 ) -> int:
-    """Write a built module with what is needed to load it; returns the bytes of the weights file."""
-    tensors = {k: v.to(dtypes.get(k, v.dtype)) for k, v in distinct_state(module).items()}
-    write_safetensors(out / WEIGHTS, tensors)
+    """Write the tensors of a built model with what is needed to load it; returns the bytes of the weights file."""
+    write_tensors(out / WEIGHTS, entries, tensor_of)
     places = {site.name: [list(place) for place in site.places] for site in sites}
     layout: dict[str, dict[str, Any]] = {
         c.site: {"form": c.form, "setting": c.setting, "places": places[c.site]} for c in choices
@@ -120,8 +120,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def install_empty(module: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give a module operators without data at the named sites, on the device of its parameters."""
+def install_empty(module: nn.Module, sites: Mapping[str, Mapping[str, Any]], device: str | None = None) -> None:
+    """Give a module operators without data at the named sites, on a device, by default that of its parameters."""
     found = {site.name: site for site in walk_all(module)}
     for name, value in check(sites, SITES, "The layout of the artifact").items():
         if name not in found:
@@ -132,7 +132,7 @@ def install_empty(module: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> 
             raise TersorError(
                 f"The artifact has {name} in places that the model lacks; it was made from another model."
             )
-        with site.parameter(module).device:
+        with site.parameter(module).device if device is None else torch.device(device):
             operators = empty_operators(name, site, value["form"], value["setting"])
             install(module, replace(site, places=places), operators)
             for place, values in value.get("activations", {}).items():
@@ -207,7 +207,7 @@ def check_fit(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
 def refuse_not_finite(module: nn.Module, folder: Path) -> None:
     """Raise TersorError for the first weight that was left as it was and has NaN or infinite entries."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not torch.isfinite(values_of(parameter)).all():
             raise TersorError(f"{folder / WEIGHTS}: {name} has NaN or infinite entries.")
 
 

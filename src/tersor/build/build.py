@@ -16,19 +16,21 @@ import torch
 from tersor.build.activations import Activations
 from tersor.build.artifact import RECORD, stored_dtypes, write_artifact
 from tersor.build.calibrate import Rounded, round_inputs
+from tersor.build.contents import StoredFits, contents_of
 from tersor.build.cut import damages_of
-from tersor.build.fits import Fit, fit_choice, fits_of, load_fit
+from tersor.build.fits import Fit, fit_choice, fits_of
 from tersor.build.layers import install
-from tersor.build.layout import Entry, Layout
+from tersor.build.layout import Layout
 from tersor.curves.draw import site_metrics
 from tersor.curves.limit import Limit
 from tersor.errors import TersorError
 from tersor.forms import as_values
 from tersor.metrics import Metric, Side
 from tersor.models.divergence import Divergence, softened
-from tersor.models.files import copy_beside, staged
+from tersor.models.files import Entry, copy_beside, file_bytes, staged
 from tersor.models.model import Batch, Model
-from tersor.models.sites import Site
+from tersor.models.ondemand import is_on_demand
+from tersor.models.sites import Site, block_of
 from tersor.observe import collect
 from tersor.plan import UNTOUCHED, Choice, Interaction, Plan
 from tersor.run import Run
@@ -59,11 +61,15 @@ def build(
 ) -> Built:
     """Fit and write `plan` to the folder `out`; the model is changed in place and is the built one afterwards.
 
-    `sequential` are calibration batches: the inputs of every block of sites are observed anew as the built prefix
-    really produces them. With `activations` the inputs of the built layers are rounded, as is best for those that the
-    batches of `calibration` bring. Raises TersorError where `out` exists and is no artifact, or cannot be written.
+    One whose weights are read on demand stays as it is. `sequential` are calibration batches: the inputs of every block
+    of sites are observed anew as the built prefix really produces them. With `activations` the inputs of the built
+    layers are rounded, as is best for those that the batches of `calibration` bring. Raises TersorError where `out`
+    exists and is no artifact, or cannot be written.
     """
     check_target(out)
+    on_demand = is_on_demand(model.module)
+    if on_demand and (sequential is not None or activations is not None):
+        raise TersorError("Weights that are read on demand cannot be fitted in sequence or have their inputs rounded.")
     if activations is not None and not calibration:
         raise TersorError("To round activations, give calibration data: their inputs are measured on them.")
     chosen = {c.site: c for c in plan.choices if c.form != UNTOUCHED}
@@ -73,17 +79,19 @@ def build(
     if sequential is None:
         for number, (site, _) in enumerate(fits_of(run, model, sites, plan.choices, workers)):
             progress(site.name, number, len(targets))
-        fits = {site.name: load_fit(run, site, chosen[site.name]) for site in targets}
+        fits: Mapping[str, Fit] = StoredFits(run, targets, chosen)
+        fits = fits if on_demand else dict(fits)
     else:
         fits = _fit_in_order(run, model, targets, chosen, sequential, progress)
-    for site in targets:
+    for site in () if on_demand else targets:
         install(model.module, site, [op.to(model.device) for op in fits[site.name].operators])
     rounded: list[Rounded] = []
     if activations is not None:
         rounded = round_inputs(run, model, targets, activations, calibration, progress)
     plan = _as_built(run, plan, fits, rounded)
     built = [c for c in plan.choices if c.form != UNTOUCHED]
-    stored = layout.file_bytes(built, _tensors_of(model, rounded))
+    entries = layout.entries(built, _tensors_of(model, rounded))
+    stored = file_bytes(entries)
     plan = replace(plan, stored=stored, resident=stored + sum(c.resident - c.stored for c in built))
     folder = getattr(model, "folder", None)
     with staged(out, last=RECORD) as target:
@@ -92,12 +100,9 @@ def build(
         record = _record(run, model, layout, plan) | {"cuts": damages_of(run, sites, built, fits)}
         if activations is not None:
             record["activations"] = {"asked": activations.label, "layers": {r.place: asdict(r) for r in rounded}}
-        size = write_artifact(target, model.module, sites, built, dtypes, _config(model), record, rounded)
-        if size != plan.stored:
-            raise TersorError(
-                f"{out} takes {size} bytes, but {plan.stored} were predicted; please report this as a bug."
-            )
-    return Built(plan, size)
+        tensor_of = contents_of(model.module, run, layout, list(chosen.values()))
+        write_artifact(target, entries, tensor_of, sites, built, _config(model), record, rounded)
+    return Built(plan, stored)
 
 
 def _tensors_of(model: Model, rounded: Sequence[Rounded]) -> list[Entry]:
@@ -158,12 +163,12 @@ def _observe_again(run: Run, model: Model, sites: Sequence[Site], batches: Seque
 
     The inputs keep the mean square of the study's, so that nats stay nats.
     """
-    block = _block(sites[0].name)
-    members = [s for s in sites if _block(s.name) == block and s.kind != "table" and s.stack == 1]
+    block = block_of(sites[0].name)
+    members = [s for s in sites if block_of(s.name) == block and s.kind != "table" and s.stack == 1]
     gradients = run.get("metric") != "input"
     collector = collect(model, members, batches, gradients=gradients, seed=0, divergence=_as_studied(run, model))
     damping = run.get("damping")
-    out: dict[str, list[Metric]] = {s.name: site_metrics(run, s) for s in sites if _block(s.name) == block}
+    out: dict[str, list[Metric]] = {s.name: site_metrics(run, s) for s in sites if block_of(s.name) == block}
     for site in members:
         summary = collector.summaries.get((site.name, 0, "linear"))
         if summary is not None and len(site.places) == 1:
@@ -181,13 +186,6 @@ def _as_studied(run: Run, model: Model) -> Divergence:
     """The divergence of the model with the temperature at which the study sampled its labels."""
     found = run.get("certainty")
     return model.divergence if found is None else softened(model.divergence, found["temperature"])
-
-
-def _block(name: str) -> str:
-    """The name of a site up to its first number: the block it belongs to."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return name if number is None else ".".join(parts[: number + 1])
 
 
 def _config(model: Model) -> dict[str, Any] | None:

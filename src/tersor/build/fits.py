@@ -68,9 +68,14 @@ def fits_of(
         yield by_name[name], wanted[name]
 
 
+def stored_fit(run: Run, choice: Choice) -> dict[str, Tensor]:
+    """The tensors of a fit that stands in the run: those of operator `k` of its stack as `k|name`."""
+    return run.tensors(_file(choice))
+
+
 def load_fit(run: Run, site: Site, choice: Choice) -> Fit:
     """The fit of a choice that stands in the run."""
-    stored = run.tensors(_file(choice))
+    stored = stored_fit(run, choice)
     with run.reading(_file(choice)):
         values = parse_json(bytes(stored["setting"].tolist()), f"The setting of {choice.site}")
         operators = empty_operators(site.name, site, choice.form, values)

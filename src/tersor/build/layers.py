@@ -20,6 +20,7 @@ from tersor.coding import StreamError
 from tersor.errors import TersorError
 from tersor.foreign import understood
 from tersor.forms import Operator
+from tersor.models.ondemand import is_on_demand
 from tersor.models.sites import Site
 
 
@@ -279,10 +280,13 @@ def operators_at(module: nn.Module, place: str, parameter: str) -> list[Operator
 
 
 class decoded:
-    """A context in which the operators of a module keep their decoded weights: faster, at the original's memory."""
+    """A context in which the operators of a module keep their decoded weights: faster, at the original's memory.
+
+    Those that are read on demand are decoded whenever they are used.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self.operators = operators_of(module)
+        self.operators = {} if is_on_demand(module) else operators_of(module)
 
     def __enter__(self) -> None:
         for name, operator in self.operators.items():

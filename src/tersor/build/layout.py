@@ -7,7 +7,7 @@ without opening the model again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,10 @@ from tersor.build.activations import Activations, InputRounding
 from tersor.build.layers import layer_for
 from tersor.foreign import understood
 from tersor.forms import Operator, form_named, setting_of, settings_of
-from tersor.models.files import DTYPES, file_bytes
+from tersor.models.files import DTYPES, Entry, file_bytes
 from tersor.models.sites import Site
 from tersor.plan import Choice
 
-Entry = tuple[str, tuple[int, ...], torch.dtype]
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -51,20 +50,30 @@ class Layout:
 
         `beside` are tensors that the file has besides.
         """
-        chosen = {choice.site: choice for choice in choices}
+        return file_bytes(self.entries(choices, beside))
+
+    def entries(self, choices: Sequence[Choice], beside: Iterable[Entry] = ()) -> list[Entry]:
+        """The tensors of that file."""
+        stacks = {site.name: (site.shape, site.stack) for site in self.sites}
         specs: list[Entry] = []
-        replaced: set[str] = set()
+        settings: dict[str, list[Any]] = {}
+        for prefix, choice, number in self.operators(choices):
+            form, (shape, stack) = form_named(choice.form), stacks[choice.site]
+            if not number:
+                settings[choice.site] = settings_of(setting_of(form, choice.setting), stack)
+            with torch.device("meta"):
+                state = form.empty(shape, settings[choice.site][number]).state_dict()
+            specs += [(f"{prefix}.{n}", tuple(b.shape), b.dtype) for n, b in state.items()]
+        chosen = {choice.site for choice in choices}
+        replaced = {f"{m}.{p}".removeprefix(".") for s in self.sites if s.name in chosen for m, p in s.places}
+        return [*specs, *beside, *(entry for entry in self.tensors if entry[0] not in replaced)]
+
+    def operators(self, choices: Sequence[Choice]) -> Iterator[tuple[str, Choice, int]]:
+        """The operators of these choices by their names in the file, each with its number in the stack of its site."""
+        chosen = {choice.site: choice for choice in choices}
         for site, prefix in zip(self.sites, self.prefixes, strict=True):
-            choice = chosen.get(site.name)
-            if choice is None:
-                continue
-            replaced |= {f"{m}.{p}".removeprefix(".") for m, p in site.places}
-            form = form_named(choice.form)
-            for k, setting in enumerate(settings_of(setting_of(form, choice.setting), site.stack)):
-                with torch.device("meta"):
-                    state = form.empty(site.shape, setting).state_dict()
-                specs += [(f"{prefix.format(k)}.{n}", tuple(b.shape), b.dtype) for n, b in state.items()]
-        return file_bytes([*specs, *beside, *(entry for entry in self.tensors if entry[0] not in replaced)])
+            for number in range(site.stack if site.name in chosen else 0):
+                yield prefix.format(number), chosen[site.name], number
 
     def rounding_bytes(self, asked: Activations) -> int:
         """At most what rounding the inputs of all layers takes in the file."""

@@ -31,6 +31,7 @@ from tersor.errors import TersorError
 from tersor.foreign import understood
 from tersor.forms import Operator
 from tersor.models.files import open_checkpoint
+from tersor.models.ondemand import take_from_file, without_weights
 
 MANY_WEIGHTS = 200_000_000  # fewer are decoded here: starting workers would take longer
 MODES = ("small", "dense")
@@ -45,13 +46,14 @@ def load(
     dtype: torch.dtype | None = None,
     mode: str = "small",
     budget: str | None = None,
+    on_demand: bool = False,
     progress: Progress = lambda *_: None,
 ) -> nn.Module:
     """Load the built model of an artifact.
 
     With a `budget`, `20%` of the original or `5MB`, its low-rank weights are cut until its file would take no more.
     `mode` is `small`, or `dense` for plain weights: the memory and the speed of the original, and no need of Tersor to
-    save it again.
+    save it again. `on_demand`, a block of the model is in memory at a time, read from the file as it runs.
 
     For a Hugging Face artifact nothing else is needed. For a module of your own give the module as it was before, its
     factory, or `file.py:factory`: an artifact never names code to be run; `progress(name, done, total)` then hears of
@@ -62,7 +64,11 @@ def load(
         raise TersorError(f"A model is loaded in mode {' or '.join(MODES)}, not {mode!r}.")
     folder = Path(folder)
     record = read_record(folder)
+    if on_demand and (budget is not None or mode == "dense" or dtype not in (None, torch.float32)):
+        raise TersorError("Weights that are read on demand stay as they are: in float32, neither cut nor made dense.")
     try:
+        if on_demand:
+            return _load_on_demand(folder, record, model, device)
         module = _load(folder, record, model, device, dtype, progress)
         refuse_not_finite(module, folder)
         if budget is not None:
@@ -88,6 +94,16 @@ def _load(
 ) -> nn.Module:
     if record["model"]["kind"] == "huggingface" and model is None:
         return prepare(_load_huggingface(folder, device, dtype), progress)
+    module = _made(folder, record, model)
+    install_empty(module, record["sites"])
+    load_weights(module, folder)
+    module.to(device=device, dtype=dtype)
+    prepare(module, progress)
+    return module.eval()
+
+
+def _made(folder: Path, record: dict[str, Any], model: nn.Module | Callable[[], nn.Module] | str | None) -> nn.Module:
+    """The module of one's own that an artifact was made from; raises TersorError where it is not given."""
     if model is None:
         raise TersorError(
             f"{folder} was made from a module of your own; give it as tersor.load(folder, model=...), "
@@ -97,11 +113,27 @@ def _load(
         from tersor.models.module import find_factory
 
         model = find_factory(model)[1]
-    module = model if isinstance(model, nn.Module) else model()
-    install_empty(module, record["sites"])
-    load_weights(module, folder)
-    module.to(device=device, dtype=dtype)
-    prepare(module, progress)
+    return model if isinstance(model, nn.Module) else model()
+
+
+def _load_on_demand(
+    folder: Path, record: dict[str, Any], model: nn.Module | Callable[[], nn.Module] | str | None, device: str
+) -> nn.Module:
+    checkpoint = open_checkpoint(folder / WEIGHTS)
+    if record["model"]["kind"] == "huggingface" and model is None:
+        from tersor.models import config as c
+
+        config = c.read_config(folder)
+        cls, _ = c.model_class(folder, config)
+        module = c.laid_out(folder, cls, config, checkpoint, without_weights)
+        c.refuse_too_large(folder, module, checkpoint)
+    else:
+        with without_weights():
+            module = _made(folder, record, model)
+    install_empty(module, record["sites"], device)
+    check_fit(module.state_dict(), checkpoint)
+    take_from_file(module, checkpoint, folder / WEIGHTS, device)
+    refuse_not_finite(module, folder)
     return module.eval()
 
 

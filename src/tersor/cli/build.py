@@ -37,6 +37,7 @@ def build(
     sequence_length: o.SequenceLength = 256,
     batch_size: o.BatchSize = 16,
     workers: o.Workers = None,
+    memory: o.Memory = None,
     engine: o.Engine = "local",
     ray_address: o.RayAddress = None,
     device: o.Device = "cpu",
@@ -62,7 +63,7 @@ def build(
             made = steps.plan_run(opened, budget, forms=o.names_of(forms), activations=activations, **limits)
         else:
             made = steps.plan_named(opened, plan)
-        study = steps.reopen(run, device)
+        study = steps.reopen(run, device, memory)
         sizes = samples, sequence_length, batch_size
         batches = [] if data is None else list(study.model.batches(read_data(data), *sizes, 0))
         cluster = o.given(workers=workers, engine=engine, ray_address=ray_address)

@@ -53,6 +53,7 @@ def compress(
     batch_size: o.BatchSize = 16,
     seed: o.Seed = 0,
     workers: o.Workers = None,
+    memory: o.Memory = None,
     engine: o.Engine = "local",
     ray_address: o.RayAddress = None,
     device: o.Device = "cpu",
@@ -83,6 +84,7 @@ def compress(
             samples=samples,
             sequential=sequential or None,
             workers=workers,
+            memory=memory,
             engine=engine,
             ray_address=ray_address,
         )

@@ -30,6 +30,7 @@ def judge(
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a window or text.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of a batch.")] = 16,
+    memory: o.Memory = None,
     device: o.Device = "cpu",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -43,7 +44,8 @@ def judge(
 
         record = read_record(out)
         opened = None if run is None else Run(run)
-        original = open_model(model, weights=weights, divergence=record["divergence"], device=device)
+        opening = {"weights": weights, "divergence": record["divergence"], "device": device}
+        original = open_model(model, on_demand=memory is not None, **opening)
         measured = {"samples": samples, "sequence_length": sequence_length, "batch_size": batch_size}
         found = judge_artifact(original, out, data, pairs=pairs, run=opened, progress=progress, **measured)  # type: ignore[arg-type]
         alone = judge_sites(original, out, data, run=opened, progress=progress, **measured) if sites else {}  # type: ignore[arg-type]

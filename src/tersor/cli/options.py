@@ -120,6 +120,14 @@ DivergenceLimit = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Most memory to take, such as 6GB: weights are read as they are needed, and fewer processes run.",
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes that fit; by default one a core.")]
 Engine = Annotated[str, typer.Option(metavar="NAME", help="Where fits run: local (processes here) or ray.")]
 RayAddress = Annotated[

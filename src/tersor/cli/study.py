@@ -30,6 +30,7 @@ def study(
     seed: o.Seed = 0,
     latency: Annotated[bool, typer.Option("--latency", help="Time every site, for budgets of time.")] = False,
     workers: o.Workers = None,
+    memory: o.Memory = None,
     engine: o.Engine = "local",
     ray_address: o.RayAddress = None,
     device: o.Device = "cpu",
@@ -54,6 +55,7 @@ def study(
             samples=samples,
             latency=latency or None,
             workers=workers,
+            memory=memory,
             engine=engine,
             ray_address=ray_address,
         )

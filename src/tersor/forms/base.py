@@ -94,6 +94,9 @@ class Operator(nn.Module):
     def adopt(self, made: Any) -> None:
         """Take what the function of `unready` made."""
 
+    def forget(self) -> None:
+        """Let go of what `adopt` took."""
+
     def decode(self) -> Tensor:
         """The matrix (rows, columns) in float32, made from the buffers."""
         raise TypeError(f"{type(self).__name__} does not say how it is decoded")

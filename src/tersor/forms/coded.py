@@ -92,6 +92,9 @@ class CodedOperator(RowOperator):
     def adopt(self, made: Packed) -> None:
         self._packed, self._source = made.to(self.stream.device), self.stream
 
+    def forget(self) -> None:
+        self._packed = self._source = None
+
     def packed(self) -> Packed:
         """The integers as they lie in memory, on the device of the stream; decoded where the stream is new."""
         work = self.unready()
@@ -113,7 +116,7 @@ class CodedOperator(RowOperator):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Another stream is copied into the place of this one."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._packed = self._source = None
+        self.forget()
 
     def decode_rows(self, index: Tensor | None) -> Tensor:
         return self.packed().rows(index)

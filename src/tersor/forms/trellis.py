@@ -77,6 +77,9 @@ class TrellisOperator(Operator):
     def adopt(self, made: Trellis) -> None:
         self._reader, self._source = Reader(made, self.stream), self.stream
 
+    def forget(self) -> None:
+        self._reader = self._source = None
+
     @property
     def reader(self) -> Reader:
         work = self.unready()
@@ -88,7 +91,7 @@ class TrellisOperator(Operator):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Another stream is copied into the place of this one."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._reader = self._source = None
+        self.forget()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(self, index: Tensor | None = None) -> tuple[Tensor, bool, bool]:

@@ -25,6 +25,7 @@ from tersor.judge.intervals import Estimate, mean_estimate
 from tersor.judge.judge import Judgement, judge
 from tersor.models import Model, walk
 from tersor.models.compare import Reference, substituted
+from tersor.models.ondemand import is_on_demand
 from tersor.plan import UNTOUCHED, Plan
 from tersor.run import Run, fingerprint_of
 
@@ -141,10 +142,9 @@ def adopt(original: Model, out: Path) -> Model:
     new = copy.copy(original)
     new.identity = replace(original.identity, source=str(out))
     record = read_record(out)
-    if record["model"]["kind"] == "huggingface":
-        new.module = load(out, device=str(original.device), dtype=torch.float32)
-    else:
-        new.module = load(out, copy.deepcopy(original.module), device=str(original.device))
+    given = None if record["model"]["kind"] == "huggingface" else copy.deepcopy(original.module)
+    on_demand = is_on_demand(original.module)
+    new.module = load(out, given, device=str(original.device), dtype=torch.float32, on_demand=on_demand)
     return new
 
 

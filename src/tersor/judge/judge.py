@@ -20,6 +20,7 @@ from tersor.judge.intervals import Estimate, mean_estimate
 from tersor.judge.scores import Score, pair_score, paired, score_all, spearman
 from tersor.models.compare import mean_by_unit
 from tersor.models.model import Batch, Model, size_of
+from tersor.models.ondemand import is_on_demand
 
 Pairs = tuple[list[str], list[str], np.ndarray]
 Progress = Callable[[str, int, int], Any]
@@ -31,7 +32,7 @@ class Sizes:
 
     stored: int
     resident: int
-    peak: int
+    peak: int | None
     flops: int
 
 
@@ -40,7 +41,8 @@ class Judgement:
     """Everything that was measured. `divergence` is in `unit`; `predicted` is what the plan said, if known.
 
     `latency` is of the largest batch, `latency_of_one` of the largest of a few samples alone; `predicted_speed` is what
-    the plan said of the latter, over the original's.
+    the plan said of the latter, over the original's. Models that are read on demand are not timed: they would tell of
+    the disk.
     """
 
     divergence_name: str
@@ -52,7 +54,7 @@ class Judgement:
     scores: tuple[Score, ...]
     original: Sizes
     new: Sizes
-    latency: Latency
+    latency: Latency | None
     latency_of_one: Latency | None = None
     predicted_speed: float | None = None
 
@@ -80,11 +82,10 @@ def judge(
     scores = score_all(original, batches, before, after)
     if pairs is not None:
         scores.append(_pairs(original, new, pairs, sequence_length))
+    timed = not is_on_demand(original.module)
     largest = max(batches, key=size_of)
-    sizes = [
-        Sizes(stored[k], resident_bytes(m.module), peak_bytes(_once(m, largest), m.module, m.device), flops[k])
-        for k, m in enumerate((original, new))
-    ]
+    peaks = [peak_bytes(_once(m, largest), m.module, m.device) if timed else None for m in (original, new)]
+    sizes = [Sizes(stored[k], resident_bytes(m.module), peaks[k], flops[k]) for k, m in enumerate((original, new))]
     return Judgement(
         original.divergence.name,
         original.divergence.unit,
@@ -95,8 +96,8 @@ def judge(
         tuple(scores),
         sizes[0],
         sizes[1],
-        latency(original, new, largest),
-        None if one is None else latency(original, new, one),
+        latency(original, new, largest) if timed else None,
+        None if one is None or not timed else latency(original, new, one),
         predicted_speed,
     )
 

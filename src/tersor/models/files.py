@@ -33,6 +33,7 @@ DTYPES = {
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
+Entry = tuple[str, tuple[int, ...], torch.dtype]  # of a safetensors file: name, shape, dtype
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -127,16 +128,47 @@ def _fingerprint(path: Path) -> bytes:
     return digest.digest()
 
 
-def file_bytes(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> int:
-    """The exact size of the safetensors file of tensors with these names, shapes and dtypes."""
-    entries = [(name, shape, dtype, _size(shape, dtype)) for name, shape, dtype in tensors]
+def file_bytes(tensors: Iterable[Entry]) -> int:
+    """The exact size of the safetensors file of these tensors."""
+    entries = list(tensors)
+    return len(_header_of(entries)) + sum(_size(shape, dtype) for _, shape, dtype in entries)
+
+
+def _header_of(entries: Iterable[Entry]) -> bytes:
+    """The header of a safetensors file, with its length before it."""
     header: dict[str, Any] = {"__metadata__": METADATA}
     offset = 0
-    for name, shape, dtype, size in sorted(entries, key=lambda e: (-_ORDER.index(e[2]), e[0])):
+    for name, shape, dtype in _laid_out(entries):
+        size = _size(shape, dtype)
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + text + (-text % 8) + offset
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _laid_out(entries: Iterable[Entry]) -> list[Entry]:
+    """Tensors in the order in which a safetensors file has them."""
+    return sorted(entries, key=lambda e: (-_ORDER.index(e[2]), e[0]))
+
+
+def write_tensors(path: Path, entries: Iterable[Entry], tensor_of: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file of these tensors, one at a time, and rename it when it is whole.
+
+    `tensor_of(name)` is cast to its dtype. Raises TersorError for one of another shape, and where the disk is full.
+    """
+    entries = list(entries)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(_header_of(entries))
+            for name, shape, dtype in _laid_out(entries):
+                tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
+                if tuple(tensor.shape) != shape:
+                    raise TersorError(f"{name} has shape {tuple(tensor.shape)}, not {shape}; please report this.")
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    written(path, write)
 
 
 # safetensors lays tensors out by dtype, this order from its end, then by name.

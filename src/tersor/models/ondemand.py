@@ -21,11 +21,11 @@ from tersor.errors import TersorError
 from tersor.models.files import Checkpoint
 
 _OWNED = "_unread"  # in the __dict__ of a module: its parameters that are in a file, by name
-Place = tuple[nn.Module, str]
+Place = tuple[nn.Module, str, str]  # a module, the table of it (`_parameters` or `_buffers`), a name there
 
 
 class Unread(nn.Parameter):
-    """A parameter that lies under `key` in a safetensors file; `read` gives it, or what stands in for it.
+    """A parameter, or a buffer, that lies under `key` in a safetensors file; `read` gives it, or what stands in for it.
 
     `places` are the modules that have it, with its name there: more than one where weights are tied.
     """
@@ -60,17 +60,20 @@ class Unread(nn.Parameter):
         """Put the values in its places, if nobody did before."""
         self.holders += 1
         if self.holders == 1:
-            values = nn.Parameter(self.read(), requires_grad=False)
-            values.unread = self  # type: ignore[attr-defined]
-            for owner, name in self.places:
-                owner._parameters[name] = values
+            values = self.read()
+            for owner, table, name in self.places:
+                if table == "_parameters" and not isinstance(values, nn.Parameter):
+                    values = nn.Parameter(values, requires_grad=False)
+                    values.unread = self  # type: ignore[attr-defined]
+                owner.__dict__[table][name] = values
 
     def release(self) -> None:
         """The inverse of `hold`; the values go with the last who held them."""
         self.holders -= 1
         if self.holders == 0:
-            for owner, name in self.places:
-                owner._parameters[name] = self
+            for owner, table, name in self.places:
+                owner.__dict__[table][name] = self
+                getattr(owner, "forget", int)()  # what an operator made of it
 
 
 class _Held:
@@ -96,9 +99,9 @@ def is_on_demand(module: nn.Module) -> bool:
 @contextmanager
 def held(module: nn.Module, whole: bool = True) -> Iterator[None]:
     """Inside, the parameters of a module, of all inside it if `whole`, are in memory."""
-    owners = module.modules() if whole else [module]
+    owners = list(module.modules()) if whole else [module]
     with ExitStack() as stack:
-        for owner in owners:
+        for owner in (*owners, *(lent for user in owners for lent in _lent(user))):
             for parameter in owner.__dict__.get(_OWNED, {}).values():
                 parameter.hold()
                 stack.callback(parameter.release)
@@ -145,38 +148,41 @@ def without_weights() -> Iterator[None]:
 
 
 def take_from_file(module: nn.Module, checkpoint: Checkpoint, source: Path, device: str, prefix: str = "") -> None:
-    """Have every parameter of `module`, which has none in memory, read on demand; its buffers move to `device`.
+    """Have the parameters of `module`, which has none in memory, and the tensors of its operators read on demand.
 
-    A name in the files may have the `prefix` of a model inside a larger one, or lack it. Raises TersorError for a
-    tensor of the module that the files have under another name or in another shape.
+    Its other buffers are read at once. A name in the files may have the `prefix` of a model inside a larger one, or
+    lack it. Raises TersorError for a tensor of the module that the files have under another name or in another shape.
     """
-    home = torch.device(device)
+    home, state = torch.device(device), module.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     places: dict[int, list[Place]] = {}
-    for place, owner in module.named_modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), []).append(f"{place}.{name}".removeprefix("."))
-                places.setdefault(id(parameter), []).append((owner, name))
+    for path, owner in module.named_modules():
+        owner.__dict__.pop(_OWNED, None)
+        for table in ("_parameters", "_buffers") if hasattr(owner, "forget") else ("_parameters",):
+            for name, tensor in owner.__dict__[table].items():
+                full = f"{path}.{name}".removeprefix(".")
+                if tensor is not None and (table == "_parameters" or full in state):
+                    names.setdefault(id(tensor), []).append(full)
+                    places.setdefault(id(tensor), []).append((owner, table, name))
     for number, found in names.items():
-        owner, name = places[number][0]
-        like = owner._parameters[name]
-        assert like is not None
+        owner, table, name = places[number][0]
+        like = owner.__dict__[table][name]
         key = _key_of(found, tuple(like.shape), checkpoint, source, prefix)
         unread = Unread(like, checkpoint.entries[key][0], key, home)
         unread.places = places[number]
-        for owner, name in unread.places:
-            owner._parameters[name] = unread
+        for owner, table, name in unread.places:
+            owner.__dict__[table][name] = unread
             owner.__dict__.setdefault(_OWNED, {})[name] = unread
-    kept = module.state_dict(keep_vars=True)
-    for place, owner in module.named_modules():
+    for path, owner in module.named_modules():
         for name, buffer in owner._buffers.items():
-            full = f"{place}.{name}".removeprefix(".")
-            if buffer is not None and full in kept:
+            if buffer is None or isinstance(buffer, Unread):
+                continue
+            full = f"{path}.{name}".removeprefix(".")
+            if full in state:
                 key = _key_of([full], tuple(buffer.shape), checkpoint, source, prefix)
                 with safe_open(checkpoint.entries[key][0], "pt") as file:
                     buffer = file.get_tensor(key).to(buffer.dtype)
-            owner._buffers[name] = None if buffer is None else buffer.to(home)
+            owner._buffers[name] = buffer.to(home)
     for owner, whole in _units(module):
         owner.__dict__["forward"] = _Held(owner, whole)
 
@@ -196,12 +202,30 @@ def _key_of(names: list[str], shape: tuple[int, ...], checkpoint: Checkpoint, so
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """The modules that are given their weights as they run: whole blocks of chains, the others each with its own."""
-    is_chain = isinstance(module, nn.ModuleList | nn.Sequential)
-    if module.__dict__.get(_OWNED):
+    """The modules that are given their weights as they run: whole blocks of chains, the others each with its own.
+
+    A module that takes tensors out of one that is never called, such as an operator, has those of all inside it.
+    """
+    called = all(isinstance(c, nn.ModuleList | nn.ModuleDict) or _has_forward(c) for c in module.children())
+    if not called or any(hasattr(child, "forget") for child in module.children()):
+        yield module, True
+        return
+    if module.__dict__.get(_OWNED) or next(_lent(module), None) is not None:
         yield module, False
     for child in module.children():
-        if is_chain:
+        if isinstance(module, nn.ModuleList | nn.Sequential):
             yield child, True
         else:
             yield from _units(child)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _lent(owner: nn.Module) -> Iterator[nn.Module]:
+    """What a module uses without owning it: the operator of a weight that it is tied to."""
+    for value in owner.__dict__.values():
+        lent = getattr(value, "operator", value)
+        if isinstance(lent, nn.Module):
+            yield from lent.modules()

@@ -124,6 +124,13 @@ def walk(
     return Walk(tuple(kept), tuple(untouched))
 
 
+def block_of(name: str) -> str:
+    """The name of a site up to its first number: the block it belongs to."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[: number + 1])
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -170,7 +170,7 @@ def _plans_table(accounts: Sequence[Account], shown: Account, original: int) -> 
                 *([number_text(a.limit or math.nan), times_text(a.times_limit)] if limits else []),
                 estimate_text(judged["divergence"]) if judged else "",
                 *(_score_text(scores.get(name)) for name in names),
-                f"{judged['latency']['ratio']:.2f}" if judged else "",
+                f"{judged['latency']['ratio']:.2f}" if judged and judged["latency"] else "",
             ]
         )
     columns = ["plan", "bytes", "share", f"{shown.unit} predicted", *limits, "measured", *names, "latency ratio"]

@@ -70,16 +70,15 @@ def judgement_table(judgement: Mapping[str, Any]) -> Table:
         _row(
             table, score["name"], *cells, estimate_text(score["difference"], percent=percent, signed=True, between="\n")
         )
-    for name, key, text in (("bytes resident", "resident", bytes_text), ("bytes at the peak", "peak", bytes_text)):
-        _row(table, name, text(before[key]), text(after[key]), share_text(after[key], before[key]))
+    for name, key in (("bytes resident", "resident"), ("bytes at the peak", "peak")):
+        if before[key] is not None and after[key] is not None:
+            _row(table, name, bytes_text(before[key]), bytes_text(after[key]), share_text(after[key], before[key]))
     flops = before["flops"], after["flops"]
     _row(table, "FLOPs a position", *map(count_text, flops), share_text(flops[1], flops[0]))
-    times = seconds_text(time["original"]), seconds_text(time["new"])
-    _row(table, "latency of a batch", *times, f"{time['ratio']:.2f} times")
     one, speed = judgement.get("latency_of_one"), judgement.get("predicted_speed")
-    if one is not None:
-        times = seconds_text(one["original"]), seconds_text(one["new"])
-        _row(table, "latency of a sample", *times, f"{one['ratio']:.2f} times")
+    for name, found in (("latency of a batch", time), ("latency of a sample", one)):
+        if found is not None:
+            _row(table, name, *(seconds_text(found[k]) for k in ("original", "new")), f"{found['ratio']:.2f} times")
     if speed is not None:
         _row(table, "  as predicted", "", "", f"{speed:.2f} times")
     return table

@@ -7,7 +7,7 @@ from typing import Any
 from tersor.foreign import COUNT, NUMBER, POSITIVE, Row
 
 ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER}
-SIZES = {"stored": COUNT, "resident": COUNT, "peak": COUNT, "flops": COUNT}
+SIZES = {"stored": COUNT, "resident": COUNT, "peak": (COUNT, None), "flops": COUNT}
 LATENCY = {"original": float, "new": float, "ratio": float}
 JUDGEMENT = {
     "unit": str,
@@ -18,7 +18,7 @@ JUDGEMENT = {
     "scores": [{"name": str, **dict.fromkeys(("original", "new", "difference"), (ESTIMATE, None))}],
     "original": SIZES,
     "new": SIZES,
-    "latency": LATENCY,
+    "latency": (LATENCY, None),
     "latency_of_one?": (LATENCY, None),
     "predicted_speed?": (float, None),
 }

@@ -40,6 +40,7 @@ def build_plan(
 
     With `activations`, such as `int8` or `fp4,tensor,shift`, inputs of layers are rounded, by batches of `calibration`.
     """
+    workers = opened.workers(workers)
     rounding = None if activations is None else Activations.of(activations)
     if rounding is not None and "activations=" not in plan.name:
         plan = replace(plan, name=f"{plan.name},activations={activations}")
@@ -139,7 +140,8 @@ def compress(
         judged_by = None
         if held_out is not None:
             judged_by = copy.copy(opened.model)
-            judged_by.module = copy.deepcopy(opened.model.module)
+            if opened.memory is None:  # else the model stays as it is
+                judged_by.module = copy.deepcopy(opened.model.module)
         built = build_plan(
             opened,
             plan,

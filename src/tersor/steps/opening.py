@@ -20,6 +20,7 @@ from tersor.models import Divergence, Model, Site, Walk, open_model, walk
 from tersor.plan import PLAN, Latencies, Limits, Plan, Planner, parse_limits
 from tersor.run import Run
 from tersor.run.facts import LASTING
+from tersor.steps.memory import Memory
 
 Progress = Callable[[str, str, int, int], Any]
 _AGAIN = "call `tersor study` with this run, its model and its data, which draws the rest"
@@ -36,10 +37,15 @@ class Study:
     model: Model
     walk: Walk
     run: Run
+    memory: Memory | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return self.walk.sites
+
+    def workers(self, asked: int | None) -> int | None:
+        """The processes to fit with, of those asked for: as many as the memory allows."""
+        return asked if self.memory is None else self.memory.workers(self.sites, asked)
 
     @property
     def stored_bytes(self) -> int:
@@ -148,7 +154,7 @@ def open_run(folder: str | Path) -> Run:
     return run
 
 
-def reopen(folder: str | Path, device: str = "cpu") -> Study:
+def reopen(folder: str | Path, device: str = "cpu", memory: str | None = None) -> Study:
     """The study in a run folder with its model, opened again as it was the first time."""
     run = open_run(folder)
     opening = run.get("opening")
@@ -158,7 +164,7 @@ def reopen(folder: str | Path, device: str = "cpu") -> Study:
     place = Path(str(opening["model"]).rpartition(":")[0])
     if place.resolve().is_relative_to(Path(folder).resolve()) and place.suffix == ".py":
         raise TersorError(f"The run {folder} names {place}, which lies in it, as its model; a run brings no code.")
-    return open_study(opening.pop("model"), folder, device=device, create=False, **opening)
+    return open_study(opening.pop("model"), folder, device=device, memory=memory, create=False, **opening)
 
 
 def open_study(
@@ -170,11 +176,15 @@ def open_study(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "cpu",
-    on_demand: bool = False,
+    memory: str | None = None,
     create: bool = True,
 ) -> Study:
-    """Open a model with its run folder, which is made where there is none, and refused where it is another model's."""
-    opened = open_model(model, weights=weights, divergence=divergence, device=device, on_demand=on_demand)
+    """Open a model with its run folder, which is made where there is none, and refused where it is another model's.
+
+    With a limit on `memory`, such as `6GB`, weights are read on demand, and what follows keeps within it.
+    """
+    limit = None if memory is None else Memory.of(memory)
+    opened = open_model(model, weights=weights, divergence=divergence, device=device, on_demand=limit is not None)
     found = walk(opened.module, include, exclude)
     dtypes = stored_dtypes(opened.module, getattr(opened, "checkpoint", None))
     sites = tuple(replace(s, dtype=dtypes.get(s.parameter_name, s.dtype)) for s in found.sites)
@@ -193,7 +203,7 @@ def open_study(
         names = {"divergence": opened.divergence.name, "include": list(include), "exclude": list(exclude)}
         kept = None if weights is None else str(Path(weights).resolve())
         folder.put("opening", {"model": _absolute(str(model)), "weights": kept, **names})
-    return Study(opened, Walk(sites, found.untouched), folder)
+    return Study(opened, Walk(sites, found.untouched), folder, limit)
 
 
 def _absolute(source: str) -> str:

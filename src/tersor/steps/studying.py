@@ -66,8 +66,9 @@ def study(
     in five, held back. `settings` replaces the ladder of a form, by its name, with settings as plain values. With
     `latency` every site is timed in every form on this machine, for budgets of time. With `resources`, of `stored` and
     `resident`, forms that no plan under limits on these would use are found on a few sites, and drawn there alone.
-    `workers` processes fit curves and probes, or as many cores of a Ray cluster with the engine `ray`. Raises
-    TersorError for bad input.
+    With a limit on `memory`, such as `6GB`, weights are read on demand, block by block, and batches and processes are
+    no more than it allows. `workers` processes fit curves and probes, or as many cores of a Ray cluster with the engine
+    `ray`. Raises TersorError for bad input.
     """
     if metric not in KINDS:
         raise TersorError(f"There is no metric {metric!r}; choose one of {', '.join(KINDS)}.")
@@ -77,6 +78,9 @@ def study(
     calibration, fresh = read_data(data), not Path(run).exists()
     checked = None if check_data is None else read_data(check_data)
     opened = open_study(model, run, **options)
+    workers = opened.workers(workers)
+    if opened.memory is not None and calibration.batches is None:
+        batch_size = opened.memory.batch_size(opened.sites, batch_size, sequence_length, metric != "input")
     with opened.run.alone():
         try:
             sizes = (sequence_length, batch_size, seed)

@@ -1,0 +1,93 @@
+"""A limit on memory: how many processes may fit at once, and how many samples a batch may have.
+
+What units of work take was measured and is rounded up; what a model makes of a token is reckoned from the widths of its
+sites. A limit that the largest site alone does not allow is refused at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tersor.errors import TersorError
+from tersor.models import Site
+from tersor.models.sites import block_of
+from tersor.observe.collect import LARGEST_MOMENT
+from tersor.plan.budget import parse_bytes
+
+PROCESS = 450 << 20  # of a process that has done nothing yet
+FITTING = 11  # times a weight in 32 bits, while it is fitted
+MOMENTS = 4  # times its moments
+LOGITS = 6  # times the outputs of a model, while they are compared or probed
+ACTIVATIONS = 2  # times what goes through the weights of a block; gradients as much again
+
+
+@dataclass(frozen=True)
+class Memory:
+    """So many bytes for a command and all of its workers."""
+
+    limit: int
+
+    @classmethod
+    def of(cls, text: str) -> Memory:
+        """A number with a unit, such as `6GB`."""
+        if text.strip().endswith("%"):
+            raise TersorError(f"The memory {text!r} is a share; write it as bytes, such as 6GB.")
+        return cls(parse_bytes(text, 0))
+
+    def workers(self, sites: Sequence[Site], asked: int | None) -> int:
+        """The most processes, of those asked for, that fit the largest sites at once.
+
+        Raises TersorError where the limit is too small for one.
+        """
+        given, unit = max(map(_given, sites)), max(map(_unit, sites))
+        if PROCESS + unit > self.limit:
+            most = max(sites, key=_unit)
+            raise TersorError(
+                f"--memory allows {self.limit / 1e9:.1f} GB, but fitting {most.name} takes up to "
+                f"{(PROCESS + unit) / 1e9:.1f} GB."
+            )
+        number = asked or os.cpu_count() or 1
+        while number > 1 and PROCESS + 2 * (number + 1) * given + number * (PROCESS + unit) > self.limit:
+            number -= 1
+        return number
+
+    def batch_size(self, sites: Sequence[Site], asked: int, sequence_length: int, gradients: bool) -> int:
+        """The most samples of so many tokens in a batch, of those asked for, beside the weights of a block."""
+        block = max(sum(s.shape[0] + s.shape[1] for s in part) for part in _blocks(sites))
+        weights = max(sum(4 * s.parameters for s in part) for part in _blocks(sites))
+        summaries = max(sum(_moments(s) for s in part) for part in _blocks(sites)) * (3 if gradients else 1)
+        widest = max(s.shape[0] for s in sites)
+        token = 4 * (ACTIVATIONS * (2 if gradients else 1) * block + LOGITS * widest)
+        left = self.limit - PROCESS - weights - summaries
+        fitting = int(left // (token * sequence_length))
+        if fitting < 1:
+            raise TersorError(
+                f"--memory allows {self.limit / 1e9:.1f} GB, but observing a block of this model takes "
+                f"{(self.limit - left + token * sequence_length) / 1e9:.1f} GB for one sample."
+            )
+        return min(asked, fitting)
+
+
+def _moments(site: Site) -> int:
+    """Bytes of the two moments of a site."""
+    return sum(4 * n * (n if n <= LARGEST_MOMENT else 1) for n in site.shape)
+
+
+def _given(site: Site) -> int:
+    """Bytes of a weight with its metric."""
+    return 4 * site.parameters + _moments(site)
+
+
+def _unit(site: Site) -> int:
+    """Bytes that fitting a site takes, one matrix of its stack at a time."""
+    return 4 * site.parameters + FITTING * 4 * site.shape[0] * site.shape[1] + MOMENTS * _moments(site)
+
+
+def _blocks(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites of every block; each of the others is a block of its own."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(block_of(site.name), []).append(site)
+    return list(found.values())
