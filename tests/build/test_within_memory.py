@@ -30,7 +30,7 @@ def test_artifacts_are_those_of_a_model_in_memory(name: str, form: str, quick: d
     for out, memory in zip(outs, (None, "4GB"), strict=True):
         run = out.with_suffix(".run")
         opened = study(tmp_path / "model", token_batches(name, 5), run, memory=memory, **options)
-        build_plan(opened, opened.plan("16bits" if "+" in form else "50%"), out, workers=1)
+        build_plan(opened, opened.plan("30bits" if "+" in form else "50%"), out, workers=1)
         original = open_study(tmp_path / "model", run, memory=memory).model
         found.append(judge_artifact(original, out, token_batches(name, 2)).divergence)
     whole, demand = (out / "model.safetensors" for out in outs)
