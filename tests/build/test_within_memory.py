@@ -98,7 +98,7 @@ def test_too_little_memory_is_refused_with_what_it_takes(tmp_path: Path, quick: 
 def test_less_memory_means_fewer_processes_and_smaller_batches(tmp_path: Path) -> None:
     draw_model("llama-tied", layers=2).save_pretrained(tmp_path / "model")
     sites = open_study(tmp_path / "model", tmp_path / "run").sites
-    found = [Memory(n << 30).workers(sites, 16) for n in (1, 4, 64)]
+    found = [Memory(n << 30).workers(sites, 16, ("coded",), "kronecker") for n in (1, 4, 64)]
     assert found == sorted(found) and found[0] == 1 and found[-1] == 16
     found = [Memory((450 << 20) + n).batch_size(sites, 64, 256, True) for n in (20 << 20, 60 << 20, 1 << 30)]
     assert found == sorted(found) and 1 <= found[0] < found[-1] == 64

@@ -17,10 +17,11 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
-from tersor.forms.rounding import Grid, round_with_feedback
+from tersor.forms.rounding import FREE_ROWS, Grid, round_with_feedback, spans
 from tersor.metrics import Metric
 
 CHUNK = 1 << 17
+STRIP = 1 << 22  # entries that are fitted at a time where rows do not feel one another
 ROUNDINGS = ("nearest", "feedback", "two-sided")
 ZEROS = ("fine", "whole")
 
@@ -228,13 +229,20 @@ class IntForm:
             pivot_rows, pivot_columns = metric.rows.diagonal, metric.columns.diagonal
         elif setting.rounding == "feedback":
             lower_rows, pivot_rows = None, metric.rows.diagonal
-        importance = torch.outer(_relative(pivot_rows), _relative(pivot_columns))
         operator = IntOperator(shape, setting).to(weight.device)
-        operator.set_grid(*search_grid(weight, importance, setting))
-        scale, zero = (_expand(g, shape, setting) for g in operator.grid())
-        grid = Grid(scale, zero, 2.0**setting.bits - 1)
-        rounded = round_with_feedback(weight, grid, lower_rows, lower_columns)
-        operator.codes = pack(grid.codes(rounded.to(weight.device)), setting.bits)
+        apart = lower_rows is None and setting.axis == "columns"
+        size = FREE_ROWS * max(1, STRIP // (FREE_ROWS * shape[1]))
+        strips = spans(shape[0], size)[::-1] if apart else [slice(0, shape[0])]
+        of_rows, of_columns = _relative(pivot_rows), _relative(pivot_columns)
+        grids = [search_grid(weight[s], torch.outer(of_rows[s], of_columns), setting) for s in strips]
+        operator.set_grid(*(torch.cat(parts) for parts in zip(*grids, strict=True)))
+        for strip in strips:
+            part = weight[strip]
+            of_strip = (g[strip] if apart else g for g in operator.grid())
+            scale, zero = (_expand(g, (part.shape[0], shape[1]), setting) for g in of_strip)
+            grid = Grid(scale, zero, 2.0**setting.bits - 1)
+            rounded = round_with_feedback(part, grid, lower_rows, lower_columns)
+            operator.codes[strip] = pack(grid.codes(rounded.to(weight.device)), setting.bits)
         return operator
 
 

@@ -149,7 +149,8 @@ def _by_tiles(weight: Tensor, grid: Grid | Levels, lower_o: Tensor | None, lower
     settle = grid.settler(weight)
     lower_i = lower_i.to(weight)
     lower_o = None if lower_o is None else lower_o.to(weight)
-    rounded, error, spread = torch.empty_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)
+    rounded, error = torch.empty_like(weight), torch.zeros_like(weight)
+    spread = error if lower_o is None else torch.zeros_like(weight)
     alone = torch.zeros(0, 0, dtype=weight.dtype)
     for o in spans(weight.shape[0], FREE_ROWS if lower_o is None else TILE):
         inner_o = alone if lower_o is None else lower_o[o, o].contiguous()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 
+STRIP = 1 << 24  # entries of an error that are weighed at a time
 SAMPLED_ROWS = 8192  # rows that stand for all of a table where curves are drawn
 KINDS = ("identity", "diagonal", "input", "output", "kronecker", "input-diagonal", "fisher-input")
 
@@ -49,7 +50,7 @@ class Side:
         extra = amount * self.diagonal.mean().clamp_min(1e-30)
         if self.is_diagonal:
             return Side(self.moment + extra)
-        return Side(self.moment + extra * torch.eye(self.size, dtype=self.moment.dtype, device=self.moment.device))
+        return Side(jittered(self.moment, extra))
 
     @cached_property
     def cholesky(self) -> Tensor:
@@ -57,14 +58,14 @@ class Side:
         if self.is_diagonal:
             return self.moment.double().clamp_min(1e-300).sqrt()
         moment = self.moment.double()
-        jitter = torch.zeros((), dtype=torch.float64, device=moment.device)
-        eye = torch.eye(self.size, dtype=torch.float64, device=moment.device)
+        least = float(1e-12 * moment.diagonal().mean().clamp_min(1e-30))
+        jitter = 0.0
         for _ in range(12):
             factor: Tensor
-            factor, failed = torch.linalg.cholesky_ex(moment + jitter * eye)
+            factor, failed = torch.linalg.cholesky_ex(moment if not jitter else jittered(moment, jitter))
             if not failed:
                 return factor
-            jitter = (10 * jitter).clamp_min(1e-12 * moment.diagonal().mean().clamp_min(1e-30))
+            jitter = max(10 * jitter, least)
         raise TersorError("A second moment is not positive semi-definite; its summary is damaged: study again.")
 
     @cached_property
@@ -117,6 +118,13 @@ class Side:
         return Side(basis.T @ Side(self.moment.double()).apply(basis))
 
 
+def jittered(moment: Tensor, amount: float | Tensor) -> Tensor:
+    """A moment (n, n) with the same amount added to every entry of its diagonal."""
+    out = moment.clone()
+    out.diagonal().add_(amount)
+    return out
+
+
 @dataclass(frozen=True)
 class Metric:
     """`d(E) = scale * tr(R E C E^T)` for an error `E` (rows, columns), in nats where both moments were observed.
@@ -140,9 +148,13 @@ class Metric:
         if self.judged_by is not None:
             return self.judged_by.distance(error)
         error = error.float()
-        felt = self.columns.felt(error)
         if self.rows.is_diagonal:
-            return self.scale * float(self.rows.moment.double() @ (felt * error).sum(1, dtype=torch.float64))
+            parts = [
+                (self.columns.felt(e) * e).sum(1, dtype=torch.float64)
+                for e in error.split(max(1, STRIP // max(1, error.shape[1])))
+            ]
+            return self.scale * float(self.rows.moment.double() @ torch.cat(parts))
+        felt = self.columns.felt(error)
         return self.scale * float((self.rows.apply(error) * felt).sum(dtype=torch.float64))
 
     def whiten(self, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tersor.forms import USUAL
 from tersor.judge.artifact import judge_artifact
 from tersor.judge.judge import Judgement
 from tersor.models import Batch, Model
-from tersor.plan import Limits, Plan, parse_limits
+from tersor.plan import UNTOUCHED, Limits, Plan, parse_limits
 from tersor.steps.opening import Progress, Study, plan_name, silent
 from tersor.steps.studying import clocked, study
 
@@ -40,7 +40,8 @@ def build_plan(
 
     With `activations`, such as `int8` or `fp4,tensor,shift`, inputs of layers are rounded, by batches of `calibration`.
     """
-    workers = opened.workers(workers)
+    built_of = {choice.form for choice in plan.choices} - {UNTOUCHED}
+    workers = opened.workers(workers, built_of, opened.run.get("metric"))
     rounding = None if activations is None else Activations.of(activations)
     if rounding is not None and "activations=" not in plan.name:
         plan = replace(plan, name=f"{plan.name},activations={activations}")

@@ -7,7 +7,7 @@ sites. A limit that the largest site alone does not allow is refused at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tersor.errors import TersorError
@@ -17,8 +17,9 @@ from tersor.observe.collect import LARGEST_MOMENT
 from tersor.plan.budget import parse_bytes
 
 PROCESS = 450 << 20  # of a process that has done nothing yet
-FITTING = 11  # times a weight in 32 bits, while it is fitted
-MOMENTS = 4  # times its moments
+FITTING, BY_ROWS = 11, 4  # times a weight in 32 bits, while it is fitted: at once, or some rows at a time
+MOMENTS = 9  # times its moments, with their factors in 64 bits
+STRIPPED = ("int", "portable")  # forms that are fitted by rows where these do not feel one another
 LOGITS = 6  # times the outputs of a model, while they are compared or probed
 ACTIVATIONS = 2  # times what goes through the weights of a block; gradients as much again
 
@@ -36,14 +37,22 @@ class Memory:
             raise TersorError(f"The memory {text!r} is a share; write it as bytes, such as 6GB.")
         return cls(parse_bytes(text, 0))
 
-    def workers(self, sites: Sequence[Site], asked: int | None) -> int:
-        """The most processes, of those asked for, that fit the largest sites at once.
+    def workers(self, sites: Sequence[Site], asked: int | None, forms: Iterable[str], metric: str) -> int:
+        """The most processes, of those asked for, that fit the largest sites at once in these forms.
 
         Raises TersorError where the limit is too small for one.
         """
-        given, unit = max(map(_given, sites)), max(map(_unit, sites))
+        stripped = set(forms) <= set(STRIPPED)
+
+        def unit_of(site: Site) -> int:
+            """Bytes that fitting a site takes, one matrix of its stack at a time."""
+            apart = metric not in ("output", "kronecker") or site.kind == "table" or site.shape[0] > LARGEST_MOMENT
+            times = BY_ROWS if apart and stripped else FITTING
+            return 4 * site.parameters + times * 4 * site.shape[0] * site.shape[1] + MOMENTS * _moments(site)
+
+        given, unit = max(map(_given, sites)), max(map(unit_of, sites))
         if PROCESS + unit > self.limit:
-            most = max(sites, key=_unit)
+            most = max(sites, key=unit_of)
             raise TersorError(
                 f"--memory allows {self.limit / 1e9:.1f} GB, but fitting {most.name} takes up to "
                 f"{(PROCESS + unit) / 1e9:.1f} GB."
@@ -78,11 +87,6 @@ def _moments(site: Site) -> int:
 def _given(site: Site) -> int:
     """Bytes of a weight with its metric."""
     return 4 * site.parameters + _moments(site)
-
-
-def _unit(site: Site) -> int:
-    """Bytes that fitting a site takes, one matrix of its stack at a time."""
-    return 4 * site.parameters + FITTING * 4 * site.shape[0] * site.shape[1] + MOMENTS * _moments(site)
 
 
 def _blocks(sites: Sequence[Site]) -> list[list[Site]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ class Study:
     def sites(self) -> tuple[Site, ...]:
         return self.walk.sites
 
-    def workers(self, asked: int | None) -> int | None:
+    def workers(self, asked: int | None, forms: Iterable[str], metric: str) -> int | None:
         """The processes to fit with, of those asked for: as many as the memory allows."""
-        return asked if self.memory is None else self.memory.workers(self.sites, asked)
+        return asked if self.memory is None else self.memory.workers(self.sites, asked, forms, metric)
 
     @property
     def stored_bytes(self) -> int:
