@@ -16,7 +16,6 @@ from tersor.steps import build_plan, judge_artifact, open_study, reopen, study
 from tersor.steps.memory import Memory
 from tiny_models import draw_model, token_batches
 
-
 FORMS = ("coded", "trellis", "lowrank", "int+lowrank")
 
 
