@@ -57,6 +57,14 @@ MetricName = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+Gains = Annotated[
+    bool,
+    typer.Option(
+        "--gains/--no-gains",
+        help="Scale predictions by probes measured at every site, or leave them as the metric has them.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 DivergenceName = Annotated[
     str | None,
     typer.Option(
