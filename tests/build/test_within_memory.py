@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 import tersor
 from tersor import TersorError
+from tersor.models import open_model
 from tersor.models.files import write_tensors
-from tersor.steps import build_plan, judge_artifact, open_study, reopen, study
+from tersor.steps import build_plan, compress, judge_artifact, open_study, reopen, study
 from tersor.steps.memory import Memory
 from tiny_models import draw_model, token_batches
 
@@ -84,6 +85,18 @@ def test_what_needs_the_model_in_memory_is_refused(tmp_path: Path, quick: dict[s
     with pytest.raises(TersorError, match="read on demand"):
         build_plan(opened, opened.plan("30%"), tmp_path / "out", activations="int8", calibration=token_batches())
     assert not (tmp_path / "out").exists()
+    for option in ({"sequential": True}, {"activations": "int8"}, {"latency_budget": "80%"}):
+        with pytest.raises(TersorError, match=r"read (on demand|from disk)"):
+            compress(tmp_path / "model", token_batches(), "50%", tmp_path / "out", memory="4GB", **option)
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_file_that_is_damaged_meanwhile_is_named(tmp_path: Path) -> None:
+    draw_model("llama-tied", layers=2).save_pretrained(tmp_path / "model")
+    model = open_model(tmp_path / "model", on_demand=True)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"gone")
+    with pytest.raises(TersorError, match=r"model\.safetensors changed since it was opened"):
+        model.outputs(token_batches()[0])
 
 
 def test_too_little_memory_is_refused_with_what_it_takes(tmp_path: Path, quick: dict[str, Any]) -> None:

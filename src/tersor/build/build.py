@@ -36,6 +36,7 @@ from tersor.plan import UNTOUCHED, Choice, Interaction, Plan
 from tersor.run import Run
 
 Progress = Callable[[str, int, int], Any]
+ON_DEMAND = "Weights that are read on demand can neither be fitted in sequence nor have their inputs rounded."
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def build(
     check_target(out)
     on_demand = is_on_demand(model.module)
     if on_demand and (sequential is not None or activations is not None):
-        raise TersorError("Weights that are read on demand cannot be fitted in sequence or have their inputs rounded.")
+        raise TersorError(ON_DEMAND)
     if activations is not None and not calibration:
         raise TersorError("To round activations, give calibration data: their inputs are measured on them.")
     chosen = {c.site: c for c in plan.choices if c.form != UNTOUCHED}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,6 +89,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise TersorError(f"{path} is damaged or no safetensors file: {error}.") from error
     return tensors
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file whose header was checked; raises TersorError where it is gone or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise TersorError(f"{path} changed since it was opened: {name} cannot be read: {error}.") from error
+    return tensor
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
-from tersor.models.files import Checkpoint
+from tersor.models.files import Checkpoint, read_tensor
 
 _OWNED = "_unread"  # in the __dict__ of a module: its parameters that are in a file, by name
 Place = tuple[nn.Module, str, str]  # a module, the table of it (`_parameters` or `_buffers`), a name there
@@ -52,19 +51,17 @@ class Unread(nn.Parameter):
     def read(self) -> Tensor:
         if self.stand_in is not None:
             return self.stand_in
-        with safe_open(self.path, "pt") as file:
-            values: Tensor = file.get_tensor(self.key)
-        return values.to(self.home, self.dtype)
+        return read_tensor(self.path, self.key).to(self.home, self.dtype)
 
     def hold(self) -> None:
         """Put the values in its places, if nobody did before."""
         self.holders += 1
         if self.holders == 1:
             values = self.read()
+            if self.places[0][1] == "_parameters":
+                values = nn.Parameter(values, requires_grad=False)
+                values.unread = self  # type: ignore[attr-defined]
             for owner, table, name in self.places:
-                if table == "_parameters" and not isinstance(values, nn.Parameter):
-                    values = nn.Parameter(values, requires_grad=False)
-                    values.unread = self  # type: ignore[attr-defined]
                 owner.__dict__[table][name] = values
 
     def release(self) -> None:
@@ -73,7 +70,9 @@ class Unread(nn.Parameter):
         if self.holders == 0:
             for owner, table, name in self.places:
                 owner.__dict__[table][name] = self
-                getattr(owner, "forget", int)()  # what an operator made of it
+                forget: Any = getattr(owner, "forget", None)
+                if forget is not None:
+                    forget()  # what an operator made of it
 
 
 class _Held:
@@ -180,8 +179,7 @@ def take_from_file(module: nn.Module, checkpoint: Checkpoint, source: Path, devi
             full = f"{path}.{name}".removeprefix(".")
             if full in state:
                 key = _key_of([full], tuple(buffer.shape), checkpoint, source, prefix)
-                with safe_open(checkpoint.entries[key][0], "pt") as file:
-                    buffer = file.get_tensor(key).to(buffer.dtype)
+                buffer = read_tensor(checkpoint.entries[key][0], key).to(buffer.dtype)
             owner._buffers[name] = buffer.to(home)
     for owner, whole in _units(module):
         owner.__dict__["forward"] = _Held(owner, whole)

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from tersor.build.activations import Activations
-from tersor.build.build import Built, build, check_target
+from tersor.build.build import ON_DEMAND, Built, build, check_target
 from tersor.data import Data, read_data, read_pairs
 from tersor.engine import pool_of
+from tersor.errors import TersorError
 from tersor.forms import USUAL
 from tersor.judge.artifact import judge_artifact
 from tersor.judge.judge import Judgement
@@ -113,6 +114,8 @@ def compress(
     timed = asked_for.latency is not None
     if activations is not None:
         Activations.of(activations)
+    if options.get("memory") is not None and (sequential or activations is not None):
+        raise TersorError(ON_DEMAND)
     data = read_data(data)
     held_out = None if held_out is None else read_data(held_out)
     if options.get("check_data") is not None:

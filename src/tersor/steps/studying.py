@@ -75,6 +75,8 @@ def study(
     forms = USUAL if forms is None else tuple(forms)
     for name in forms:
         form_named(name)
+    if latency and options.get("memory") is not None:
+        raise TersorError("Time cannot be told while weights are read from disk: leave out --memory or the latency.")
     calibration, fresh = read_data(data), not Path(run).exists()
     checked = None if check_data is None else read_data(check_data)
     opened = open_study(model, run, **options)
