@@ -62,9 +62,7 @@ class Passage:
             self._spool.put(f"out|{self._blocks[number]}", batch, output)
         return output
 
-    def backward(
-        self, number: int, batch: int, begun: Callable[[], Any], loss: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def backward(self, number: int, batch: int, begun: Callable[[], Any], loss: Callable[[Tensor], Tensor]) -> None:
         """Take the gradients of a loss of the output back through stretch `number`, from the last stretch to the first.
 
         `loss` is of the output of the model and called by the last stretch. All stretches must have been run.
@@ -72,7 +70,6 @@ class Passage:
         with torch.enable_grad():
             output, given = self._through(number, batch, begun, leaves=True)
             if number == len(self._blocks):
-                assert loss is not None
                 loss(output).backward()
             else:
                 known = self._spool.get(f"gradient|{self._blocks[number]}", batch)

@@ -7,6 +7,7 @@ stretch begins. With gradients the blocks run twice: forwards, and once more on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tersor.models.sites import Site
 from tersor.observe.collect import Collector, frozen, outputs_of, refuse_not_finite
 
 Progress = Callable[[int, int], Any]
+_INSTEAD = "cannot be observed block by block; leave out --memory"
 
 
 def collect_by_block(
@@ -38,81 +40,100 @@ def collect_by_block(
     """Yield the collectors of all stretches of the model, each with the summaries of what ran there.
 
     What blocks hand on lies in `folder`, which is removed at the end. Weights with several places, which may lie in
-    several stretches, come last. Raises TersorError where the model is no chain of blocks, or where
-    gradients go around them.
+    several stretches, come last. Raises TersorError where the model is no chain of blocks, or where gradients go around
+    them.
     """
-    sites, divergence = tuple(sites), divergence or model.divergence
     generator = torch.Generator(model.device).manual_seed(seed)
-    predictions = sum(len(model.units(batch)) for batch in batches)
     smallest = min(range(len(batches)), key=lambda number: size_of(batches[number]))
-
-    def run(number: int) -> Tensor:
-        return outputs_of(model, batches[number], number + 1)
-
+    progress(0, 1)
     with frozen(model.module):
-        passage = Passage(model.module, run, len(batches), smallest, folder)
-        if passage.stretches == 1:
-            passage.close()
-            raise TersorError(
-                f"{model.identity.source} is no chain of blocks that run one after another, so it cannot be observed "
-                "block by block; leave out --memory."
-            )
-        steps = passage.stretches * (2 if gradients else 1)
-        tied, late = {site.name for site in sites if len(site.places) > 1}, Collector(model, (), gradients=gradients)
-
-        def stretch(number: int, done: int, visit: Callable[[Collector, int], None]) -> Collector:
-            """Put all batches through a stretch under a collector that counts from its beginning on."""
-            collector = Collector(model, sites, gradients=gradients)
-            with passage.holding(number):
-                for batch, given in enumerate(batches):
-                    progress(done, steps)
-                    collector.begin(model.masks(given), counting=False)
-                    with collector:
-                        visit(collector, batch)
-            if collector.strays:
-                raise TersorError(
-                    f"Gradients reach {min(collector.strays)} past the blocks between, so {model.identity.source} "
-                    "cannot be observed block by block; leave out --memory, or take --metric input."
-                )
-            for key in [key for key in collector.summaries if key[0] in tied]:
-                summary = collector.summaries.pop(key)
-                late.rows_are_inputs[key] = collector.rows_are_inputs[key]
-                late.summaries[key] = late.summaries[key] + summary if key in late.summaries else summary
-            collector.finish(predictions)
-            return collector
-
-        def forwards(number: int, collector: Collector | None, batch: int) -> None:
-            with torch.no_grad():
-                output = passage.forward(number, batch, lambda: _count(collector))
-            if number == passage.stretches - 1:
-                refuse_not_finite(output, batch + 1)
-
-        def backwards(number: int, collector: Collector, batch: int) -> None:
-            def loss(output: Tensor) -> Tensor:
-                refuse_not_finite(output, batch + 1)
-                return divergence.probe(output, generator)
-
-            passage.backward(number, batch, lambda: _count(collector), loss)
-
+        passage = Passage(model.module, partial(_outputs, model, batches), len(batches), smallest, folder)
         try:
-            if not gradients:
-                for number in range(passage.stretches):
-                    yield stretch(number, number, partial(forwards, number))
-                    passage.forget(number)
-            else:
-                for number in range(passage.stretches - 1):
-                    with passage.holding(number):
-                        for batch in range(len(batches)):
-                            progress(number, steps)
-                            forwards(number, None, batch)
-                for done, number in enumerate(reversed(range(passage.stretches)), passage.stretches):
-                    yield stretch(number, done, partial(backwards, number))
-            late.finish(predictions)
-            yield late
+            if passage.stretches == 1:
+                source = model.identity.source
+                raise TersorError(f"{source} is no chain of blocks that run one after another, so it {_INSTEAD}.")
+            chosen = divergence or model.divergence
+            probe = (lambda output: chosen.probe(output, generator)) if gradients else None
+            observed = _Observed(model, tuple(sites), batches, passage, probe, progress)
+            yield from observed.collectors()
         finally:
             passage.close()
 
 
-def _count(collector: Collector | None) -> None:
-    if collector is not None:
-        collector.counting = True
+def _outputs(model: Model, batches: Sequence[Batch], number: int) -> Tensor:
+    return outputs_of(model, batches[number], number + 1)
+
+
+@dataclass
+class _Observed:
+    """A model on its passage; `probe` makes the scalar of its output whose gradients are watched, None for none."""
+
+    model: Model
+    sites: tuple[Site, ...]
+    batches: Sequence[Batch]
+    passage: Passage
+    probe: Callable[[Tensor], Tensor] | None
+    progress: Progress
+
+    def collectors(self) -> Iterator[Collector]:
+        numbers, late = range(self.passage.stretches), self._collector(())
+        steps = len(numbers) * (1 if self.probe is None else 2)
+        visit = self._forwards
+        if self.probe is not None:
+            for number in numbers[:-1]:
+                self.progress(number, steps)
+                with self.passage.holding(number):
+                    for batch in range(len(self.batches)):
+                        self._forwards(number, batch, lambda: None)
+            numbers, visit = numbers[::-1], self._backwards
+        for done, number in enumerate(numbers, steps - len(numbers)):
+            self.progress(done, steps)
+            yield self._without_tied(self._stretch(number, visit), late)
+            if self.probe is None:
+                self.passage.forget(number)
+        yield self._finished(late)
+
+    def _collector(self, sites: tuple[Site, ...]) -> Collector:
+        return Collector(self.model, sites, gradients=self.probe is not None)
+
+    def _finished(self, collector: Collector) -> Collector:
+        collector.finish(sum(len(self.model.units(batch)) for batch in self.batches))
+        return collector
+
+    def _stretch(self, number: int, visit: Callable[[int, int, Callable[[], None]], None]) -> Collector:
+        """Put all batches through a stretch under a collector that counts from its beginning on."""
+        collector = self._collector(self.sites)
+        with self.passage.holding(number):
+            for batch, given in enumerate(self.batches):
+                collector.begin(self.model.masks(given), counting=False)
+                with collector:
+                    visit(number, batch, collector.count)
+        if collector.strays:
+            raise TersorError(
+                f"Gradients reach {min(collector.strays)} past the blocks between, so {self.model.identity.source} "
+                f"{_INSTEAD}, or take --metric input."
+            )
+        return self._finished(collector)
+
+    def _without_tied(self, collector: Collector, late: Collector) -> Collector:
+        """Move the summaries of weights with several places to those that come last."""
+        tied = {site.name for site in self.sites if len(site.places) > 1}
+        for key in [key for key in collector.summaries if key[0] in tied]:
+            summary = collector.summaries.pop(key)
+            late.rows_are_inputs[key] = collector.rows_are_inputs[key]
+            late.summaries[key] = late.summaries[key] + summary if key in late.summaries else summary
+        return collector
+
+    def _forwards(self, number: int, batch: int, begun: Callable[[], None]) -> None:
+        with torch.no_grad():
+            output = self.passage.forward(number, batch, begun)
+        if number == self.passage.stretches - 1:
+            refuse_not_finite(output, batch + 1)
+
+    def _backwards(self, number: int, batch: int, begun: Callable[[], None]) -> None:
+        def loss(output: Tensor) -> Tensor:
+            refuse_not_finite(output, batch + 1)
+            assert self.probe is not None
+            return self.probe(output)
+
+        self.passage.backward(number, batch, begun, loss)

@@ -62,6 +62,10 @@ class Collector(TorchFunctionMode):
         self._batches += 1
         self._last_source = self._routed = None
 
+    def count(self) -> None:
+        """Count from here on."""
+        self.counting = True
+
     def finish(self, predictions: int) -> None:
         """Give all summaries the number of predictions; raises TersorError for one that is not finite."""
         self.predictions = predictions
