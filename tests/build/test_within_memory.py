@@ -103,6 +103,7 @@ def test_too_little_memory_is_refused_with_what_it_takes(tmp_path: Path, quick: 
     draw_model("llama-tied", layers=2).save_pretrained(tmp_path / "model")
     with pytest.raises(TersorError, match=r"--memory allows 0\.1 GB, but fitting"):
         study(tmp_path / "model", token_batches(count=5), tmp_path / "run", memory="100MB", **quick)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(TersorError, match="is a share"):
         Memory.of("40%")
 

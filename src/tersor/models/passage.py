@@ -150,6 +150,7 @@ class _Spool:
     """Trees of tensors in files; what is no tensor stays in memory."""
 
     def __init__(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         self._folder = folder
         self._kept: dict[tuple[str, int], tuple[list[Any], TreeSpec]] = {}
 

@@ -80,11 +80,11 @@ def study(
     calibration, fresh = read_data(data), not Path(run).exists()
     checked = None if check_data is None else read_data(check_data)
     opened = open_study(model, run, **options)
-    workers = opened.workers(workers, forms, metric)
-    if opened.memory is not None and calibration.batches is None:
-        batch_size = opened.memory.batch_size(opened.sites, batch_size, sequence_length, metric != "input")
     with opened.run.alone():
         try:
+            workers = opened.workers(workers, forms, metric)
+            if opened.memory is not None and calibration.batches is None:
+                batch_size = opened.memory.batch_size(opened.sites, batch_size, sequence_length, metric != "input")
             sizes = (sequence_length, batch_size, seed)
             batches = _batches(opened, calibration, samples, *sizes)
             fit, check = _split(batches)
