@@ -113,7 +113,7 @@ def test_less_memory_means_fewer_processes_and_smaller_batches(tmp_path: Path) -
     sites = open_study(tmp_path / "model", tmp_path / "run").sites
     found = [Memory(n << 30).workers(sites, 16, ("coded",), "kronecker") for n in (1, 4, 64)]
     assert found == sorted(found) and found[0] == 1 and found[-1] == 16
-    found = [Memory((450 << 20) + n).batch_size(sites, 64, 256, True) for n in (20 << 20, 60 << 20, 1 << 30)]
+    found = [Memory((512 << 20) + n).batch_size(sites, 64, 256, True) for n in (20 << 20, 60 << 20, 1 << 30)]
     assert found == sorted(found) and 1 <= found[0] < found[-1] == 64
 
 

@@ -16,8 +16,8 @@ from tersor.models.sites import block_of
 from tersor.observe.collect import LARGEST_MOMENT
 from tersor.plan.budget import parse_bytes
 
-PROCESS = 450 << 20  # of a process that has done nothing yet
-FITTING, BY_ROWS = 11, 4  # times a weight in 32 bits, while it is fitted: at once, or some rows at a time
+PROCESS = 512 << 20  # of a process with its libraries and kernels
+FITTING, BY_ROWS = 32, 4  # times a weight in 32 bits, while it is fitted: at once, or some rows at a time
 MOMENTS = 9  # times its moments, with their factors in 64 bits
 STRIPPED = ("int", "portable")  # forms that are fitted by rows where these do not feel one another
 LOGITS = 6  # times the outputs of a model, while they are compared or probed
