@@ -32,6 +32,7 @@ Divergence is KL in nats a token or class, 1 - cosine for the encoder, with 95 %
 are Tersor's divergence over the peer's, both measured: with a file of the same bytes, and with everything left alone
 that the peer left alone, so at the same bytes of the same weights. *At rest* are plans of all forms; *resident* are
 those of forms that need no decoding when they are loaded. Seconds are those of all processors for quantising alone.
+modelopt finds its scores once for all effective bits; every row counts their seconds, the first alone their memory.
 """
 
 
@@ -208,7 +209,10 @@ def _reason(cell: dict[str, Any], what: str) -> str:
 
 
 def _ratio(cell: dict[str, Any]) -> str:
-    return f"{cell['ratio']['value']:.3f}" if "ratio" in cell else "cannot"
+    if "ratio" not in cell:
+        return "cannot"
+    value = cell["ratio"]["value"]
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
 
 
 def _estimate(found: dict[str, float]) -> str:
