@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tersor.build.activations import Activations
 from tersor.build.artifact import RECORD, stored_dtypes, write_artifact
@@ -32,11 +33,13 @@ from tersor.models.model import Batch, Model
 from tersor.models.ondemand import is_on_demand
 from tersor.models.sites import Site, block_of
 from tersor.observe import collect
+from tersor.observe.collect import outputs_of
 from tersor.plan import UNTOUCHED, Choice, Interaction, Plan
+from tersor.recover import means_of, shift_biases
 from tersor.run import Run
 
 Progress = Callable[[str, int, int], Any]
-ON_DEMAND = "Weights that are read on demand can neither be fitted in sequence nor have their inputs rounded."
+ON_DEMAND = "A model whose weights are read on demand cannot be sequential, have inputs rounded, or biases shifted."
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def build(
     sequential: Sequence[Batch] | None = None,
     activations: Activations | None = None,
     calibration: Sequence[Batch] = (),
+    recover: Batch | None = None,
     workers: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
@@ -64,15 +68,17 @@ def build(
 
     One whose weights are read on demand stays as it is. `sequential` are calibration batches: the inputs of every block
     of sites are observed anew as the built prefix really produces them. With `activations` the inputs of the built
-    layers are rounded, as is best for those that the batches of `calibration` bring. Raises TersorError where `out`
-    exists and is no artifact, or cannot be written.
+    layers are rounded, as is best for those that the batches of `calibration` bring. With a batch to `recover` on,
+    biases are shifted at the end so that every layer gives its old means there. Raises TersorError where `out` exists
+    and is no artifact, or cannot be written.
     """
     check_target(out)
     on_demand = is_on_demand(model.module)
-    if on_demand and (sequential is not None or activations is not None):
+    if on_demand and any(given is not None for given in (sequential, activations, recover)):
         raise TersorError(ON_DEMAND)
     if activations is not None and not calibration:
         raise TersorError("To round activations, give calibration data: their inputs are measured on them.")
+    means = {} if recover is None else _means(model, recover)
     chosen = {c.site: c for c in plan.choices if c.form != UNTOUCHED}
     targets = [s for s in sites if s.name in chosen]
     dtypes = stored_dtypes(model.module, getattr(model, "checkpoint", None))
@@ -89,6 +95,8 @@ def build(
     rounded: list[Rounded] = []
     if activations is not None:
         rounded = round_inputs(run, model, targets, activations, calibration, progress)
+    if recover is not None:
+        shift_biases(model.module, lambda: outputs_of(model, recover, 1), means, model.masks(recover))
     plan = _as_built(run, plan, fits, rounded)
     built = [c for c in plan.choices if c.form != UNTOUCHED]
     entries = layout.entries(built, _tensors_of(model, rounded))
@@ -104,6 +112,14 @@ def build(
         tensor_of = contents_of(model.module, run, layout, list(chosen.values()))
         write_artifact(target, entries, tensor_of, sites, built, _config(model), record, rounded)
     return Built(plan, stored)
+
+
+def _means(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """What the layers with a bias give in the mean; raises TersorError where there are none."""
+    found = means_of(model.module, lambda: outputs_of(model, batch, 1), model.masks(batch))
+    if not found:
+        raise TersorError(f"{model.identity.source} has no layer with a bias, so there is none to shift.")
+    return found
 
 
 def _tensors_of(model: Model, rounded: Sequence[Rounded]) -> list[Entry]:

@@ -27,10 +27,13 @@ def build(
     latency_budget: o.LatencyBudget = None,
     forms: o.Forms = None,
     activations: o.Activations = None,
+    recover: o.Recover = False,
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE[:COLUMN]", help="Calibration data for --activations.", rich_help_panel=o.CALIBRATION
+            metavar="FILE[:COLUMN]",
+            help="Calibration data for --activations and --recover.",
+            rich_help_panel=o.CALIBRATION,
         ),
     ] = None,
     samples: o.Samples = None,
@@ -50,12 +53,13 @@ def build(
     )
     if plan is not None and (budget or limits):
         raise TersorError("Give either --plan or a budget, not both.")
-    if (activations is None) != (data is None):
-        raise TersorError("--activations and --data go together: inputs are rounded by what the data bring.")
+    if (activations is None and not recover) != (data is None):
+        raise TersorError("--data goes with --activations or --recover, which are done by what the data bring.")
     with progress_shown(as_json=as_json, quiet=quiet) as progress:
         from tersor import steps
         from tersor.build.build import check_target
         from tersor.data import read_data
+        from tersor.steps.compressing import one_batch
 
         check_target(out)
         opened = steps.open_run(run)
@@ -65,8 +69,11 @@ def build(
             made = steps.plan_named(opened, plan)
         study = steps.reopen(run, device, memory)
         sizes = samples, sequence_length, batch_size
-        batches = [] if data is None else list(study.model.batches(read_data(data), *sizes, 0))
         cluster = o.given(workers=workers, engine=engine, ray_address=ray_address)
+        read = None if data is None else read_data(data)
+        batches = [] if read is None else list(study.model.batches(read, *sizes, 0))
+        if read is not None and recover:
+            cluster["recover"] = one_batch(study.model, read, sequence_length, 0)
         steps.build_plan(study, made, out, activations=activations, calibration=batches, progress=progress, **cluster)
     from tersor.report.account import account_of_artifact
     from tersor.report.tables import account_tables

@@ -45,6 +45,7 @@ def compress(
         bool, typer.Option("--sequential", help="Observe inputs anew behind what is built.", rich_help_panel=o.CHOICE)
     ] = False,
     activations: o.Activations = None,
+    recover: o.Recover = False,
     check_data: o.CheckData = None,
     metric: o.MetricName = None,
     divergence_name: o.DivergenceName = None,
@@ -84,6 +85,7 @@ def compress(
             exclude=exclude,
             samples=samples,
             sequential=sequential or None,
+            recover=recover or None,
             gains=None if gains else False,
             workers=workers,
             memory=memory,

@@ -89,6 +89,14 @@ Activations = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+Recover = Annotated[
+    bool,
+    typer.Option(
+        "--recover",
+        help="Shift biases at the end, so that every layer gives its old means on calibration data.",
+        rich_help_panel=CHOICE,
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Only sites that match; may be repeated.", rich_help_panel=CHOICE),

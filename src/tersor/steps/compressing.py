@@ -23,6 +23,8 @@ from tersor.plan import UNTOUCHED, Limits, Plan, parse_limits
 from tersor.steps.opening import Progress, Study, plan_name, silent
 from tersor.steps.studying import clocked, study
 
+RECOVERED = 256  # samples that biases are shifted on
+
 
 def build_plan(
     opened: Study,
@@ -32,6 +34,7 @@ def build_plan(
     sequential: Sequence[Batch] | None = None,
     activations: str | None = None,
     calibration: Sequence[Batch] = (),
+    recover: Batch | None = None,
     workers: int | None = None,
     engine: str = "local",
     ray_address: str | None = None,
@@ -40,6 +43,7 @@ def build_plan(
     """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on.
 
     With `activations`, such as `int8` or `fp4,tensor,shift`, inputs of layers are rounded, by batches of `calibration`.
+    With a batch to `recover` on, biases are shifted at the end, so that every layer gives its old means there.
     """
     built_of = {choice.form for choice in plan.choices} - {UNTOUCHED}
     workers = opened.workers(workers, built_of, opened.run.get("metric"))
@@ -56,6 +60,7 @@ def build_plan(
             sequential=sequential,
             activations=rounding,
             calibration=calibration,
+            recover=recover,
             workers=workers,
             progress=lambda what, done, total: progress("build", what, done, total),
         )
@@ -91,6 +96,7 @@ def compress(
     max_divergence: float | None = None,
     sequential: bool = False,
     activations: str | None = None,
+    recover: bool = False,
     judge_samples: int | None = None,
     choose: Callable[[Study, Limits], Plan] | None = None,
     progress: Progress = silent,
@@ -99,7 +105,8 @@ def compress(
     """Study, plan, build and judge in one call. Options are those of `study`.
 
     `choose` makes the plan from the study and the limits, where it is not the planner's. With `activations`, such as
-    `int8` or `fp4,tensor,shift`, inputs of the layers that the plan approximates are rounded too. Without `held_out`
+    `int8` or `fp4,tensor,shift`, inputs of the layers that the plan approximates are rounded too. With `recover`,
+    biases are shifted at the end so that every layer gives its old means on calibration data. Without `held_out`
     nothing is judged. The module given, or read, is the built one afterwards.
     """
     check_target(Path(out))
@@ -114,7 +121,7 @@ def compress(
     timed = asked_for.latency is not None
     if activations is not None:
         Activations.of(activations)
-    if options.get("memory") is not None and (sequential or activations is not None):
+    if options.get("memory") is not None and (sequential or activations is not None or recover):
         raise TersorError(ON_DEMAND)
     data = read_data(data)
     held_out = None if held_out is None else read_data(held_out)
@@ -153,6 +160,7 @@ def compress(
             sequential=again if sequential else None,
             activations=activations,
             calibration=again,
+            recover=one_batch(opened.model, data, _shape(options)[0], options.get("seed", 0)) if recover else None,
             workers=workers,
             progress=progress,
         )
@@ -164,6 +172,11 @@ def compress(
             )
     progress("compress", "done", 1, 1)
     return Result(built.plan, built.weights_bytes, judgement, opened)
+
+
+def one_batch(model: Model, data: Data, sequence_length: int, seed: int) -> Batch:
+    """A batch of `RECOVERED` samples to recover on; of the user's batches the first."""
+    return next(iter(model.batches(data, RECOVERED, sequence_length, RECOVERED, seed)))
 
 
 def _shape(options: dict[str, Any]) -> tuple[int, int]:
