@@ -106,7 +106,7 @@ def test_an_index_that_lies(make_checkpoint: Maker) -> None:
         ({"data": []}, ("data is empty",)),
         ({"data": "none.txt"}, ("none.txt", "does not exist")),
         ({"data": torch.zeros(3, 3).numpy()}, ("arrays", "reads text")),
-        ({"data": [torch.rand(2, 3)]}, ("input_ids", "whole numbers")),
+        ({"data": [torch.full((2, 3), 0.5)]}, ("input_ids", "whole numbers")),
         ({"data": [{"x": torch.ones(2, 3)}]}, ("needs `input_ids`",)),
         ({"data": [torch.full((2, 3), 5000)]}, ("batch 1 of the data", "failed")),
         ({"data": ["some text"]}, ("no tokenizer",)),
