@@ -140,7 +140,7 @@ def test_rounded_inputs_are_built_measured_and_shown(demo: Path, tersor: Callabl
     assert all(alone[f"{place} (inputs)"] == values["divergence"] for place, values in layers.items())
     assert f"Inputs of {len(layers)} layers rounded (int4,tensor,shift,dither" in tersor("show", "demo/rounded").stdout
     lacking = tersor("build", "demo/small.run", "--budget", "16%", "--out", "demo/no", "--activations", "int8")
-    assert lacking.exit_code == 2 and "--activations and --data go together" in lacking.stderr
+    assert lacking.exit_code == 2 and "--data goes with --activations" in lacking.stderr
 
 
 def test_show_tells_bytes_damage_and_what_was_left(tersor: Callable[..., Any]) -> None:
