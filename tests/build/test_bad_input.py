@@ -200,7 +200,7 @@ def full_disk(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("what", ["save_file", "copy2", "record"])
+@pytest.mark.parametrize("what", ["weights", "copy2", "record"])
 def test_a_full_disk_leaves_nothing_half_written(
     what: str, existing: bool, make_checkpoint: Maker, tokens: Tokens, quick: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -213,16 +213,20 @@ def test_a_full_disk_leaves_nothing_half_written(
         kept = {p.name: p.read_bytes() for p in out.iterdir()}
     plan = opened.plan("5bits")
     opened = open_study(folder, tmp_path / "run")
-    write_bytes = files.save_file
+    put = files.written
 
-    def full(tensors: Any, path: Path, *rest: Any) -> None:
-        if "model.safetensors" in path.name:
-            path.write_bytes(b"half of it")
+    def full(path: Path, write: Any) -> None:
+        if path.name != "model.safetensors":
+            return put(path, write)
+
+        def half(temporary: Path) -> None:
+            temporary.write_bytes(b"half of it")
             full_disk()
-        write_bytes(tensors, path, *rest)
 
-    if what == "save_file":
-        monkeypatch.setattr(files, "save_file", full)
+        return put(path, half)
+
+    if what == "weights":
+        monkeypatch.setattr(files, "written", full)
     elif what == "copy2":
         monkeypatch.setattr(files.shutil, "copy2", full_disk)
     else:
