@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import tersor
 from tersor import TersorError
+from tersor.cli import app
 from tersor.models import open_model
 from tersor.models.files import write_tensors
 from tersor.steps import build_plan, compress, judge_artifact, open_study, reopen, study
@@ -115,6 +117,20 @@ def test_less_memory_means_fewer_processes_and_smaller_batches(tmp_path: Path) -
     assert found == sorted(found) and found[0] == 1 and found[-1] == 16
     found = [Memory((512 << 20) + n).batch_size(sites, 64, 256, True) for n in (20 << 20, 60 << 20, 1 << 30)]
     assert found == sorted(found) and 1 <= found[0] < found[-1] == 64
+
+
+def test_judging_takes_no_larger_batches_than_the_memory_allows(tmp_path: Path, quick: dict[str, Any]) -> None:
+    draw_model("llama-tied", layers=2).save_pretrained(tmp_path / "model")
+    opened = open_study(tmp_path / "model", tmp_path / "run", memory="600MB")
+    assert opened.batch_size(4096, 256, gradients=False) < 4096
+    opened.run.close()
+    opened = study(tmp_path / "model", token_batches(count=5), tmp_path / "other", **quick)
+    build_plan(opened, opened.plan("30%"), tmp_path / "out", workers=1)
+    asked = ["judge", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--data", "none.txt", "--memory"]
+    found = CliRunner().invoke(app, [*asked, "40%"])
+    assert found.exit_code == 2 and "is a share" in found.output
+    found = CliRunner().invoke(app, [*asked, "100MB"])
+    assert found.exit_code == 2 and "--memory allows 0.1 GB" in found.output
 
 
 def test_tensors_written_one_by_one_are_the_file_that_safetensors_writes(tmp_path: Path) -> None:

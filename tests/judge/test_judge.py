@@ -15,6 +15,8 @@ from tersor.data import Data
 from tersor.judge import judge
 from tersor.judge.costs import peak_bytes, resident_bytes
 from tersor.models import Model, open_model
+from tersor.models.module import ModuleModel
+from tersor.steps import build_plan, judge_artifact, study
 
 
 def batches_of(model: Model, items: list[Any]) -> list[Any]:
@@ -94,3 +96,13 @@ def test_bytes_of_tensors() -> None:
 
     peak = peak_bytes(run, module, torch.device("cpu")) - resident_bytes(module)
     assert peak == 8000
+
+
+def test_a_module_of_16_bits_is_judged_in_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]).bfloat16()
+    original = ModuleModel(copy.deepcopy(module), "mse")
+    batches = [torch.randn(8, 64).bfloat16() for _ in range(5)]
+    opened = study(ModuleModel(module, "mse"), batches, tmp_path / "run", forms=("int",), workers=1)
+    build_plan(opened, opened.plan("40%"), tmp_path / "out", workers=1)
+    assert judge_artifact(original, tmp_path / "out", batches[:2]).divergence.value > 0

@@ -83,15 +83,17 @@ def build(
     targets = [s for s in sites if s.name in chosen]
     dtypes = stored_dtypes(model.module, getattr(model, "checkpoint", None))
     layout = Layout.of(model.module, sites, dtypes)
-    if sequential is None:
+    fits: Mapping[str, Fit]
+    if sequential is not None:
+        fits = _fit_in_order(run, model, targets, chosen, sequential, progress)
+    else:
         for number, (site, _) in enumerate(fits_of(run, model, sites, plan.choices, workers)):
             progress(site.name, number, len(targets))
-        fits: Mapping[str, Fit] = StoredFits(run, targets, chosen)
-        fits = fits if on_demand else dict(fits)
-    else:
-        fits = _fit_in_order(run, model, targets, chosen, sequential, progress)
-    for site in () if on_demand else targets:
-        install(model.module, site, [op.to(model.device) for op in fits[site.name].operators])
+        fits = StoredFits(run, targets, chosen)
+    if not on_demand:
+        fits = dict(fits)
+        for site in targets:
+            install(model.module, site, [op.to(model.device) for op in fits[site.name].operators])
     rounded: list[Rounded] = []
     if activations is not None:
         rounded = round_inputs(run, model, targets, activations, calibration, progress)
@@ -110,8 +112,10 @@ def build(
         if activations is not None:
             record["activations"] = {"asked": activations.label, "layers": {r.place: asdict(r) for r in rounded}}
         tensor_of = contents_of(model.module, run, layout, list(chosen.values()))
-        write_artifact(target, entries, tensor_of, sites, built, _config(model), record, rounded)
-    return Built(plan, stored)
+        size = write_artifact(target, entries, tensor_of, sites, built, _config(model), record, rounded)
+        if size != stored:
+            raise TersorError(f"{out} takes {size} bytes, but {stored} were predicted; please report this as a bug.")
+    return Built(plan, size)
 
 
 def _means(model: Model, batch: Batch) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from tersor.engine import map_units
 from tersor.errors import TersorError
 from tersor.foreign import understood
 from tersor.forms import Operator
-from tersor.models.files import open_checkpoint
+from tersor.models.files import Checkpoint, open_checkpoint
 from tersor.models.ondemand import take_from_file, without_weights
 
 MANY_WEIGHTS = 200_000_000  # fewer are decoded here: starting workers would take longer
@@ -124,9 +124,8 @@ def _load_on_demand(
         from tersor.models import config as c
 
         config = c.read_config(folder)
-        cls, _ = c.model_class(folder, config)
+        cls = _class_checked(folder, config, checkpoint)
         module = c.laid_out(folder, cls, config, checkpoint, without_weights)
-        c.refuse_too_large(folder, module, checkpoint)
     else:
         with without_weights():
             module = _made(folder, record, model)
@@ -170,16 +169,8 @@ def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> n
     from tersor.models import config as c
 
     config, checkpoint = c.read_config(folder), open_checkpoint(folder / WEIGHTS)
-    cls, _ = c.model_class(folder, config)
     register()
-    empty = c.laid_out(folder, cls, config, checkpoint)
-    install_empty(empty, (config.get("quantization_config") or {}).get("sites", {}))
-    c.refuse_too_large(folder, empty, checkpoint)
-    check_fit(empty.state_dict(), checkpoint)
-    for name, operator in operators_of(empty).items():
-        lacking = [key for key in operator.state_dict() if f"{name}.{key}" not in checkpoint.entries]
-        if lacking:
-            raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: it lacks {name}.{lacking[0]}.")
+    cls = _class_checked(folder, config, checkpoint)
     with c.quiet_transformers(), c.opened_as(folder, cls):
         module, info = cls.from_pretrained(
             folder,
@@ -195,6 +186,22 @@ def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> n
         raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: {wrong[0]} is on one side only.")
     loaded: nn.Module = module.to(device)
     return loaded.eval()
+
+
+def _class_checked(folder: Path, config: dict[str, Any], checkpoint: Checkpoint) -> Any:
+    """The class of a Hugging Face artifact, once its model, laid out without memory, is seen to fit its files."""
+    from tersor.models import config as c
+
+    cls, _ = c.model_class(folder, config)
+    empty = c.laid_out(folder, cls, config, checkpoint)
+    install_empty(empty, (config.get("quantization_config") or {}).get("sites", {}))
+    c.refuse_too_large(folder, empty, checkpoint)
+    check_fit(empty.state_dict(), checkpoint)
+    for name, operator in operators_of(empty).items():
+        lacking = [key for key in operator.state_dict() if f"{name}.{key}" not in checkpoint.entries]
+        if lacking:
+            raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: it lacks {name}.{lacking[0]}.")
+    return cls
 
 
 def register() -> None:

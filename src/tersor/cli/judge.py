@@ -39,13 +39,18 @@ def judge(
     with progress_shown(as_json=as_json, quiet=quiet) as progress:
         from tersor.build.artifact import read_record
         from tersor.judge.artifact import judge_artifact, judge_sites
-        from tersor.models import open_model
+        from tersor.models import open_model, walk
         from tersor.run import Run
+        from tersor.steps.memory import Memory
 
         record = read_record(out)
+        limit = None if memory is None else Memory.of(memory)
         opened = None if run is None else Run(run)
         opening = {"weights": weights, "divergence": record["divergence"], "device": device}
-        original = open_model(model, on_demand=memory is not None, **opening)
+        original = open_model(model, on_demand=limit is not None, **opening)
+        if limit is not None:
+            sites_known = walk(original.module).sites
+            batch_size = limit.batch_size(sites_known, batch_size, sequence_length, gradients=False)
         measured = {"samples": samples, "sequence_length": sequence_length, "batch_size": batch_size}
         found = judge_artifact(original, out, data, pairs=pairs, run=opened, progress=progress, **measured)  # type: ignore[arg-type]
         alone = judge_sites(original, out, data, run=opened, progress=progress, **measured) if sites else {}  # type: ignore[arg-type]

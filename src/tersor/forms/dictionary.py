@@ -235,9 +235,8 @@ def _product(atoms: Operator, sparse: Operator, setting: DictionarySetting) -> P
 def _fit(weight: Tensor, metric: Metric, setting: DictionarySetting, sample: Sample | None) -> ProductOperator:
     """Whiten the atoms' side, learn atoms with the diagonal of the other as weights, pursue, refit, store."""
     by_columns = setting.side == "columns"
-    signals, along, across = (
-        (weight, metric.columns, metric.rows) if by_columns else (weight.T, metric.rows, metric.columns)
-    )
+    signals = weight if by_columns else weight.T
+    along, across = (metric.columns, metric.rows) if by_columns else (metric.rows, metric.columns)
     whitened = along.whiten(signals.T).T
     unit = float(whitened.square().mean().sqrt()) or 1.0
     problem = Problem((whitened / unit).float().contiguous(), Side((across.moment / across.diagonal.mean()).float()))
@@ -248,7 +247,7 @@ def _fit(weight: Tensor, metric: Metric, setting: DictionarySetting, sample: Sam
         index, counts = sample
         some = slice(None) if index is None else index
         atoms = learn(problem.signals[some].contiguous(), weights[some] * counts, setting)
-    code = (thresholded if setting.orthogonal else pursued)(problem.signals, atoms, setting.entries)
+    code = _coded(problem.signals, atoms, setting)
     if not problem.coupling.is_diagonal:
         atoms = refitted_atoms(problem, atoms, code)
         code = refitted_values(problem, atoms, code)
@@ -266,15 +265,13 @@ def _stored(
     rounded = sparse.signals() * balance
     atoms = refitted_atoms(problem, atoms, Code(code.index, rounded.gather(1, code.index)))
     gram = Side(rounded.double().T @ problem.coupling.apply(rounded.double())).damped(1e-6)
-    free = along.unwhiten(atoms.T).T * (unit * balance)  # (atoms, n)
-    stored: Operator
-    if setting.atom_bits is None:
-        stored = HalfOperator.of(free.float() if setting.side == "columns" else free.T.float())
-    elif setting.side == "columns":
-        stored = IntForm().fit(free.float(), Metric("kronecker", gram, along), setting.of_atoms())
-    else:
-        stored = IntForm().fit(free.T.float().contiguous(), Metric("kronecker", along, gram), setting.of_atoms())
-    made = stored.dense() if setting.side == "columns" else stored.dense().T
+    by_columns = setting.side == "columns"
+    free = along.unwhiten(atoms.T).float() * (unit * balance)  # (n, atoms)
+    free, sides = (free.T.contiguous(), (gram, along)) if by_columns else (free, (along, gram))
+    stored: Operator = HalfOperator.of(free)
+    if setting.atom_bits is not None:
+        stored = IntForm().fit(free, Metric("kronecker", *sides), setting.of_atoms())
+    made = stored.dense() if by_columns else stored.dense().T
     atoms = (along.whiten(made.T).T / (unit * balance)).float().contiguous()
     again = SparseOperator(len(problem.signals), setting)
     refitted = refitted_values(problem, atoms, Code(code.index, rounded.gather(1, code.index)))
@@ -308,26 +305,24 @@ def _rounds(
     """Alternate codes and atoms until a round wins little; the error that the last one began with, and the atoms."""
     before, atoms = float("inf"), atoms if setting.orthogonal else torch.nn.functional.normalize(atoms)
     for _ in range(most):
-        code = (thresholded if setting.orthogonal else pursued)(signals, atoms, setting.entries)
+        code = _coded(signals, atoms, setting)
         error = signals - code.dense(len(atoms)) @ atoms
         left = float(weights.double() @ error.square().sum(1, dtype=torch.float64))
         if left >= (1 - SETTLED) * before:
             break
         before = left
-        atoms = (
-            _procrustes(signals, weights, atoms, code)
-            if setting.orthogonal
-            else _ksvd(signals, weights, atoms, code, error)
-        )
+        if setting.orthogonal:
+            atoms = _procrustes(signals, weights, atoms, code)
+        else:
+            atoms = _ksvd(signals, weights, atoms, code, error)
     return before, atoms
 
 
 def _procrustes(signals: Tensor, weights: Tensor, atoms: Tensor, code: Code) -> Tensor:
     """The orthogonal atoms nearest to the signals: the polar factor of `S^T diag(w) Y`; unused ones stay zero."""
     used = atoms.square().sum(1) > 0
-    left, _, right = torch.linalg.svd(
-        code.dense(len(atoms)).T[used].double() @ (weights[:, None] * signals).double(), full_matrices=False
-    )
+    product = code.dense(len(atoms)).T[used].double() @ (weights[:, None] * signals).double()
+    left, _, right = torch.linalg.svd(product, full_matrices=False)
     return torch.zeros_like(atoms).masked_scatter(used[:, None], (left @ right).float())
 
 
@@ -345,6 +340,10 @@ def _ksvd(signals: Tensor, weights: Tensor, atoms: Tensor, code: Code, error: Te
         worst = (weights * error.square().sum(1)).argsort(descending=True, stable=True)[: len(useless)]
         atoms[useless] = torch.nn.functional.normalize(signals[worst])
     return atoms
+
+
+def _coded(signals: Tensor, atoms: Tensor, setting: DictionarySetting) -> Code:
+    return (thresholded if setting.orthogonal else pursued)(signals, atoms, setting.entries)
 
 
 def thresholded(signals: Tensor, atoms: Tensor, entries: int) -> Code:

@@ -143,8 +143,9 @@ def adopt(original: Model, out: Path) -> Model:
     new.identity = replace(original.identity, source=str(out))
     record = read_record(out)
     given = None if record["model"]["kind"] == "huggingface" else copy.deepcopy(original.module)
+    dtype = torch.float32 if given is None else None
     on_demand = is_on_demand(original.module)
-    new.module = load(out, given, device=str(original.device), dtype=torch.float32, on_demand=on_demand)
+    new.module = load(out, given, device=str(original.device), dtype=dtype, on_demand=on_demand)
     return new
 
 

@@ -176,7 +176,7 @@ def write_tensors(path: Path, entries: Iterable[Entry], tensor_of: Callable[[str
                 tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
                 if tuple(tensor.shape) != shape:
                     raise TersorError(f"{name} has shape {tuple(tensor.shape)}, not {shape}; please report this.")
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     written(path, write)
 

@@ -24,7 +24,7 @@ from tersor.errors import TersorError
 from tersor.models.divergence import Divergence, divergence_named
 from tersor.models.files import file_bytes, open_checkpoint, read_tensors
 from tersor.models.model import Batch, Identity, device_of
-from tersor.models.ondemand import take_from_file, values_of, without_weights
+from tersor.models.ondemand import is_on_demand, take_from_file, values_of, without_weights
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ModuleModel:
         device: str = "cpu",
     ) -> None:
         self.module = module.eval()
-        if not any(parameter.is_meta for parameter in module.parameters()):
+        if not is_on_demand(module):
             module.to(device)
         self.divergence = divergence_named(divergence) if isinstance(divergence, str) else divergence
         self.preprocess = preprocess or _as_tensor

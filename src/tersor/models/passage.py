@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tersor.models.files import read_tensors, write_safetensors
 from tersor.models.ondemand import held
-from tersor.models.prefix import Enough, lost, spans_of, stubbed
+from tersor.models.prefix import Enough, spans_of, stubbed
 
 Run = Callable[[int], Tensor]
 
@@ -92,24 +92,24 @@ class Passage:
         self, number: int, batch: int, begun: Callable[[], Any], leaves: bool
     ) -> tuple[Any, dict[str, list[Any]]]:
         """What stretch `number` hands on, and the tensors that it was given, by the block that gave them."""
-        done = self._blocks[:number]
         given: dict[str, list[Any]] = {}
         trees: dict[str, TreeSpec] = {}
         for name in self._last_of(number):
             found, trees[name] = tree_flatten(self._spool.get(f"out|{name}", batch))
             given[name] = [_leaf(value, leaves) for value in found]
 
-        def give(name: str) -> Any:
-            if name == done[-1]:
-                begun()
-            chain = name.rpartition(".")[0]
-            last = next(other for other in given if other.rpartition(".")[0] == chain)
-            change = _copied if name == last else lost
-            return tree_unflatten([change(value) for value in given[last]], trees[last])
-
-        if not done:
+        def start(*_: Any) -> None:
             begun()
-        with stubbed(self._module, done, give):
+
+        done = self._blocks[:number]
+        with ExitStack() as stack:
+            stack.enter_context(
+                stubbed(self._module, done, given, lambda last: tree_unflatten(given[last], trees[last]))
+            )
+            if done:
+                stack.callback(self._module.get_submodule(done[-1]).register_forward_hook(start).remove)
+            else:
+                start()
             if number == len(self._blocks):
                 return self._run(batch), given
             return self._until(self._blocks[number], batch), given
@@ -186,11 +186,6 @@ def _leaf(value: Any, requires_grad: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone().requires_grad_(requires_grad and value.is_floating_point())
-
-
-def _copied(value: Any) -> Any:
-    """What comes next may work in place, which it may not do to a leaf."""
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _in_turn(module: nn.Module, spans: dict[str, tuple[int, int]]) -> tuple[str, ...]:

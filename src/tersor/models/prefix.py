@@ -133,19 +133,24 @@ class Prefix:
             nonlocal at
             at = number
 
-        def give(name: str) -> Any:
-            """Blocks of a chain give things of one kind, so that a lost one is like one that is kept."""
-            chain = name.rpartition(".")[0]
-            kept = next(other for other in self._outputs if other.rpartition(".")[0] == chain)
-            return tree_map(_copied if name == kept else lost, self._outputs[kept][at])
-
-        with stubbed(self._module, done, give):
+        with stubbed(self._module, done, self._outputs, lambda last: self._outputs[last][at]):
             yield select
 
 
 @contextmanager
-def stubbed(module: nn.Module, done: Iterable[str], give: Callable[[str], Any]) -> Iterator[None]:
-    """Inside, these submodules do nothing but hand on what `give(name)` returns."""
+def stubbed(
+    module: nn.Module, done: Iterable[str], last: Iterable[str], output_of: Callable[[str], Any]
+) -> Iterator[None]:
+    """Inside, blocks that are `done` do nothing but hand on: the `last` of every chain what `output_of` it is.
+
+    The others hand on NaN of the same kind, for the blocks of a chain give things of one kind.
+    """
+    last_of = {name.rpartition(".")[0]: name for name in last}
+
+    def give(name: str) -> Any:
+        known = last_of[name.rpartition(".")[0]]
+        return tree_map(_copied if name == known else lost, output_of(known))
+
     with ExitStack() as replaced:
         for name in done:
             attributes = module.get_submodule(name).__dict__
@@ -192,7 +197,7 @@ def _detached(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """A copy, for what comes next may work in place."""
+    """A copy, for what comes next may work in place, which it may not do to a leaf either."""
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -105,8 +105,11 @@ class Collector(TorchFunctionMode):
         """(site, index in the stack or None for all, turned) of a weight or of a view of one."""
         if not isinstance(weight, Tensor):
             return None
-        base = weight if self._site_of(weight) is not None else weight._base
+        base: Tensor | None = weight
         site = self._site_of(base)
+        if site is None:
+            base = weight._base
+            site = self._site_of(base)
         if site is None or base is None:
             return None
         if weight is base:

@@ -54,8 +54,9 @@ def _with_bias(module: nn.Module) -> list[str]:
     """The layers and norms that add a bias to all they give."""
     names = []
     for name, child in module.named_modules():
-        bias, weight = child._parameters.get("bias"), getattr(child, "weight", None)
-        if bias is not None and bias.dim() == 1 and weight is not None:
+        bias = child._parameters.get("bias")
+        weighted = "weight" in child._parameters or hasattr(type(child), "weight")  # whose value may be long to make
+        if bias is not None and bias.dim() == 1 and weighted:
             names.append(name)
     return names
 

@@ -144,7 +144,6 @@ def compress(
             plan = opened.plan_within(limits, forms, plan_name(budget, forms, **asked))
         else:
             plan = choose(opened, limits)
-        sizes = {k: options[k] for k in ("sequence_length", "batch_size") if k in options}
         again: list[Batch] = []
         if sequential or activations is not None:
             again = list(opened.model.batches(data, options.get("samples"), *_shape(options), options.get("seed", 0)))
@@ -166,9 +165,18 @@ def compress(
         )
     judgement = None
     if judged_by is not None and held_out is not None:
+        sequence_length, batch_size = _shape(options)
         with clocked(opened.run, "judge"):
             judgement = judge_artifact(
-                judged_by, out, held_out, samples=judge_samples, pairs=pairs, run=opened.run, progress=progress, **sizes
+                judged_by,
+                out,
+                held_out,
+                samples=judge_samples,
+                sequence_length=sequence_length,
+                batch_size=opened.batch_size(batch_size, sequence_length, gradients=False),
+                pairs=pairs,
+                run=opened.run,
+                progress=progress,
             )
     progress("compress", "done", 1, 1)
     return Result(built.plan, built.weights_bytes, judgement, opened)

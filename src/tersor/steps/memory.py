@@ -73,7 +73,7 @@ class Memory:
         fitting = int(left // (token * sequence_length))
         if fitting < 1:
             raise TersorError(
-                f"--memory allows {self.limit / 1e9:.1f} GB, but observing a block of this model takes "
+                f"--memory allows {self.limit / 1e9:.1f} GB, but a block of this model takes "
                 f"{(self.limit - left + token * sequence_length) / 1e9:.1f} GB for one sample."
             )
         return min(asked, fitting)

@@ -47,6 +47,11 @@ class Study:
         """The processes to fit with, of those asked for: as many as the memory allows."""
         return asked if self.memory is None else self.memory.workers(self.sites, asked, forms, metric)
 
+    def batch_size(self, asked: int, sequence_length: int, gradients: bool) -> int:
+        """The samples of a batch, of those asked for: as many as the memory allows."""
+        known = self.memory
+        return asked if known is None else known.batch_size(self.sites, asked, sequence_length, gradients)
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of the weights of the original on disk."""

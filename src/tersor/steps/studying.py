@@ -83,8 +83,8 @@ def study(
     with opened.run.alone():
         try:
             workers = opened.workers(workers, forms, metric)
-            if opened.memory is not None and calibration.batches is None:
-                batch_size = opened.memory.batch_size(opened.sites, batch_size, sequence_length, metric != "input")
+            if calibration.batches is None:
+                batch_size = opened.batch_size(batch_size, sequence_length, metric != "input")
             sizes = (sequence_length, batch_size, seed)
             batches = _batches(opened, calibration, samples, *sizes)
             fit, check = _split(batches)
