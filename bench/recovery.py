@@ -2,8 +2,7 @@
 
     python bench/recovery.py MODEL [--run DIR] [--budgets 20%,13%,9%]
 
-At rest (all forms) and resident (those that decode nothing at load). Biases are shifted on check data, or on
-calibration data where a model has none, of which no held-out sample is one.
+At rest (all forms) and resident (those that decode nothing at load).
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from pathlib import Path
 from judging import Judge, mean_of, ratio_of
 from models import NAMES, reference
 from peers.ours import DRAWN, MENUS
+from recovering import Recovery
 from tersor.build.fits import fits_of
 from tersor.build.interaction import applied
 from tersor.models.files import write_text
-from tersor.recover import means_of, shift_biases
-from tersor.steps.compressing import one_batch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,13 +32,7 @@ def main() -> None:
     known = reference(given.model)
     opened = known.study(given.run or Path(tempfile.mkdtemp()) / "run", forms=DRAWN)
     model, judge = opened.model, Judge.of(known, opened.model)
-    batch = one_batch(model, known.check or known.calibration, known.sequence_length, 0)
-    state = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
-
-    def run() -> object:
-        return model.outputs(batch)
-
-    expected = means_of(model.module, run, model.masks(batch))
+    recovery = Recovery(known, model)
     rows = []
     for budget in given.budgets.split(",") if given.budgets else known.budgets:
         for menu, forms in MENUS.items():
@@ -49,9 +41,8 @@ def main() -> None:
                 pass
             with applied(opened.run, model, opened.sites, plan.choices):
                 before = judge.divergences()
-                shift_biases(model.module, run, expected, model.masks(batch))
-                after = judge.divergences()
-            model.module.load_state_dict(state)
+                with recovery.shifted():
+                    after = judge.divergences()
             row = {"budget": budget, "forms": menu, "stored": plan.stored, "without": mean_of(before),
                    "with": mean_of(after), "ratio": ratio_of(after, before)}  # fmt: skip
             rows.append(row)
@@ -60,7 +51,7 @@ def main() -> None:
                 "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row["ratio"]),
                 flush=True,
             )
-    found = {"model": given.model, "layers": len(expected), "unit": model.divergence.unit, "rows": rows}
+    found = {"model": given.model, "layers": recovery.layers, "unit": model.divergence.unit, "rows": rows}
     write_text(RESULTS / f"recovery-{given.model}.json", json.dumps(found, indent=1) + "\n")
 
 

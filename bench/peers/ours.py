@@ -1,7 +1,8 @@
 """Tersor at the bytes of a peer: of the whole file, and with everything alone that the peer left alone.
 
 Each comes twice: at rest, from all forms, and resident, from the forms that need no decoding when they are loaded.
-One study serves them all; fits are kept in its run folder, figures in the scratch folder.
+Where a model has biases, they are shifted at the end. One study serves them all; fits are kept in its run folder,
+figures in the scratch folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from judging import mean_of, ratio_of
 from peers.subject import Subject
+from recovering import Recovery
 from tersor.build.fits import fits_of
 from tersor.build.interaction import applied
 from tersor.build.layout import Layout
@@ -81,7 +84,7 @@ class Ours:
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """A plan built and judged, with its divergences (samples,); a note and None where no plan is so small."""
         names = sorted(touched) if touched is not None else None
-        key = hashlib.sha256(json.dumps([stored, menu, MENUS[menu], names]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([stored, menu, MENUS[menu], names, "recovered"]).encode()).hexdigest()[:16]
         kept, array = self.folder / f"{key}.json", self.folder / f"{key}.npy"
         if kept.exists():
             return json.loads(kept.read_text(encoding="utf8")), np.load(array) if array.exists() else None
@@ -96,13 +99,24 @@ class Ours:
         kept.write_text(json.dumps(row), encoding="utf8")
         return row, values
 
+    @cached_property
+    def _recovery(self) -> Recovery:
+        return Recovery(self.subject.known, self.subject.model)
+
     def _measure(self, plan: Plan, score: bool) -> tuple[dict[str, Any], np.ndarray]:
         run, sites = self.opened.run, self.opened.sites
         for _ in fits_of(run, self.opened.model, sites, plan.choices):
             pass
-        with applied(run, self.subject.model, sites, plan.choices):
+        recovery = self._recovery  # of the model as it was
+        with applied(run, self.subject.model, sites, plan.choices), recovery.shifted():
             values = self.subject.judge.divergences()
             found = {"score": self.subject.judge.score()} if score else {}
         forms = {f: sum(c.form == f for c in plan.choices) for f in sorted({c.form for c in plan.choices})}
-        row = {"bytes": plan.stored, "resident": plan.resident, "predicted": plan.divergence, "forms": forms}
+        row = {
+            "bytes": plan.stored,
+            "biases": recovery.layers,
+            "resident": plan.resident,
+            "predicted": plan.divergence,
+            "forms": forms,
+        }
         return {**row, "divergence": mean_of(values), **found}, values

@@ -1,0 +1,44 @@
+"""Shifting the biases of a reference model whose weights stand for a built one, as `tersor compress --recover` does.
+
+On the check data, or on calibration data where a model has none: of these no held-out sample is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from models import Reference
+from tersor.models import Model
+from tersor.recover import means_of, shift_biases
+from tersor.steps.compressing import one_batch
+
+
+class Recovery:
+    """What the layers of a model that is still as it was give in the mean."""
+
+    def __init__(self, known: Reference, model: Model) -> None:
+        self._model = model
+        self._batch = one_batch(model, known.check or known.calibration, known.sequence_length, 0)
+        self._masks = model.masks(self._batch)
+        self._expected = means_of(model.module, self._run, self._masks)
+
+    @property
+    def layers(self) -> int:
+        """How many layers have a bias to shift."""
+        return len(self._expected)
+
+    @contextmanager
+    def shifted(self) -> Iterator[None]:
+        """Inside, the biases of the model, whose weights have been replaced, are shifted."""
+        biases = {name: self._model.module.get_submodule(name).get_parameter("bias") for name in self._expected}
+        kept = {name: bias.detach().clone() for name, bias in biases.items()}
+        try:
+            shift_biases(self._model.module, self._run, self._expected, self._masks)
+            yield
+        finally:
+            for name, bias in biases.items():
+                bias.data.copy_(kept[name])
+
+    def _run(self) -> object:
+        return self._model.outputs(self._batch)
