@@ -105,7 +105,6 @@ def resealed(out: Path) -> None:
 
     def change(record: dict[str, Any]) -> None:
         record["files"] = {name: sha256(out / name) for name in record["files"]}
-        record["weights_sha256"] = record["files"]["model.safetensors"]
 
     change_json(out / "tersor.json", change)
 

@@ -172,7 +172,7 @@ RECORD = {
     "sites": {"a": {"form": "int", "setting": {"bits": 4}, "places": [["a", "weight"]]}},
     "site_weights": {"a": 50, "b": 3},
     "weights_bytes": 10,
-    "weights_sha256": "00",
+    "files": {"model.safetensors": "00"},
     "untouched": [["b", 3, 12, "under 4096 weights"]],
     "unused_sites": [],
     "judgement": None,

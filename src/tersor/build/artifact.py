@@ -23,14 +23,13 @@ from tersor.build.layout import distinct_state
 from tersor.errors import TersorError
 from tersor.foreign import COUNT, POSITIVE, check, read_json, refuse_links, understood
 from tersor.forms import Operator, form_named, setting_of, settings_of
-from tersor.models.files import Checkpoint, Entry, open_checkpoint, read_tensors, write_tensors, write_text
+from tersor.models.files import Checkpoint, Entry, open_checkpoint, read_tensors, weights_of, write_text, write_weights
 from tersor.models.ondemand import values_of
 from tersor.models.sites import Site, walk
 from tersor.plan import PLAN, Choice
 from tersor.run.facts import JUDGEMENT, PLACES, UNTOUCHED_ROWS
 
 VERSION = 1
-WEIGHTS = "model.safetensors"
 RECORD = "tersor.json"
 MOST_BYTES = 8  # an entry of a matrix that an operator may take, beside `SPARE_BYTES`
 SPARE_BYTES = 1 << 16
@@ -43,8 +42,7 @@ FORMAT = {
     "sites": SITES,
     "site_weights": {str: POSITIVE},
     "weights_bytes": COUNT,
-    "weights_sha256": str,
-    "files?": {str: str},
+    "files": {str: str},
     "untouched": UNTOUCHED_ROWS,
     "unused_sites": [str],
     "judgement?": (JUDGEMENT, None),
@@ -76,9 +74,10 @@ def write_artifact(
     config: dict[str, Any] | None,
     record: dict[str, Any],
     rounded: Sequence[Rounded] = (),
+    shard_bytes: int | None = None,
 ) -> int:
-    """Write the tensors of a built model with what is needed to load it; returns the bytes of the weights file."""
-    write_tensors(out / WEIGHTS, entries, tensor_of)
+    """Write the tensors of a built model with what is needed to load it; returns the bytes of the weights files."""
+    size = write_weights(out, entries, tensor_of, shard_bytes)
     places = {site.name: [list(place) for place in site.places] for site in sites}
     layout: dict[str, dict[str, Any]] = {
         c.site: {"form": c.form, "setting": c.setting, "places": places[c.site]} for c in choices
@@ -88,14 +87,12 @@ def write_artifact(
     if config is not None:
         quantization = {"quant_method": "tersor", "version": VERSION, "sites": layout}
         write_text(out / "config.json", json.dumps({**config, "quantization_config": quantization}, indent=2))
-    size = (out / WEIGHTS).stat().st_size
     hashes = {str(path.relative_to(out)): sha256(path) for path in sorted(out.rglob("*")) if path.is_file()}
     record = {
         "version": VERSION,
         **record,
         "sites": layout,
         "weights_bytes": size,
-        "weights_sha256": hashes[WEIGHTS],
         "files": hashes,
     }
     write_text(out / RECORD, json.dumps(record, indent=2))
@@ -180,16 +177,16 @@ def walk_all(module: nn.Module) -> tuple[Site, ...]:
 
 def load_weights(module: nn.Module, folder: Path) -> None:
     """Fill a module with operators in place from the weights of an artifact."""
-    path = folder / WEIGHTS
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(folder)
     state = module.state_dict(keep_vars=True)
     check_fit(state, checkpoint)
     lacking = sorted(set(distinct_state(module)) - set(checkpoint.entries))
     if lacking:
-        raise TersorError(f"{path} does not fit the model: {lacking[0]} is on one side only.")
+        raise TersorError(f"{weights_of(folder)} does not fit the model: {lacking[0]} is on one side only.")
     with torch.no_grad():
-        for name, tensor in read_tensors(path).items():
-            state[name].copy_(tensor)
+        for path in checkpoint.files:
+            for name, tensor in read_tensors(path).items():
+                state[name].copy_(tensor)
 
 
 def check_fit(state: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
@@ -208,7 +205,7 @@ def refuse_not_finite(module: nn.Module, folder: Path) -> None:
     """Raise TersorError for the first weight that was left as it was and has NaN or infinite entries."""
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not torch.isfinite(values_of(parameter)).all():
-            raise TersorError(f"{folder / WEIGHTS}: {name} has NaN or infinite entries.")
+            raise TersorError(f"{weights_of(folder)}: {name} has NaN or infinite entries.")
 
 
 def sha256(path: Path) -> str:

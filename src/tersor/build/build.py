@@ -28,7 +28,7 @@ from tersor.errors import TersorError
 from tersor.forms import as_values
 from tersor.metrics import Metric, Side
 from tersor.models.divergence import Divergence, softened
-from tersor.models.files import Entry, copy_beside, file_bytes, staged
+from tersor.models.files import Entry, copy_beside, file_bytes, shards_of, staged
 from tersor.models.model import Batch, Model
 from tersor.models.ondemand import is_on_demand
 from tersor.models.sites import Site, block_of
@@ -62,6 +62,7 @@ def build(
     calibration: Sequence[Batch] = (),
     recover: Batch | None = None,
     workers: int | None = None,
+    shard_bytes: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Built:
     """Fit and write `plan` to the folder `out`; the model is changed in place and is the built one afterwards.
@@ -69,8 +70,8 @@ def build(
     One whose weights are read on demand stays as it is. `sequential` are calibration batches: the inputs of every block
     of sites are observed anew as the built prefix really produces them. With `activations` the inputs of the built
     layers are rounded, as is best for those that the batches of `calibration` bring. With a batch to `recover` on,
-    biases are shifted at the end so that every layer gives its old means there. Raises TersorError where `out` exists
-    and is no artifact, or cannot be written.
+    biases are shifted at the end so that every layer gives its old means there. With `shard_bytes` no weights file is
+    larger, unless a tensor alone is. Raises TersorError where `out` exists and is no artifact, or cannot be written.
     """
     check_target(out)
     on_demand = is_on_demand(model.module)
@@ -102,7 +103,7 @@ def build(
     plan = _as_built(run, plan, fits, rounded)
     built = [c for c in plan.choices if c.form != UNTOUCHED]
     entries = layout.entries(built, _tensors_of(model, rounded))
-    stored = file_bytes(entries)
+    stored = sum(map(file_bytes, shards_of(entries, shard_bytes)))
     plan = replace(plan, stored=stored, resident=stored + sum(c.resident - c.stored for c in built))
     folder = getattr(model, "folder", None)
     with staged(out, last=RECORD) as target:
@@ -112,7 +113,7 @@ def build(
         if activations is not None:
             record["activations"] = {"asked": activations.label, "layers": {r.place: asdict(r) for r in rounded}}
         tensor_of = contents_of(model.module, run, layout, list(chosen.values()))
-        size = write_artifact(target, entries, tensor_of, sites, built, _config(model), record, rounded)
+        size = write_artifact(target, entries, tensor_of, sites, built, _config(model), record, rounded, shard_bytes)
         if size != stored:
             raise TersorError(f"{out} takes {size} bytes, but {stored} were predicted; please report this as a bug.")
     return Built(plan, size)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.build.artifact import WEIGHTS
 from tersor.build.fits import Fit
 from tersor.build.layers import operators_at
 from tersor.curves.draw import site_metrics
@@ -76,7 +75,7 @@ def cut_to(module: nn.Module, folder: Path, record: Mapping[str, Any], budget: s
         )
     operators = {name: _operators(module, record["sites"][name]) for name in damages}
     steps = sorted((s for name, ops in operators.items() for s in _steps(name, ops[0], damages[name])), key=_by_slope)
-    stored = open_checkpoint(folder / WEIGHTS).entries
+    stored = open_checkpoint(folder).entries
     entries = {name: (shape, dtype) for name, (_, shape, dtype) in stored.items() if dtype is not None}
     prefixes = {name: _prefixes(module, ops) for name, ops in operators.items()}
 

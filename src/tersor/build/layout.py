@@ -18,10 +18,11 @@ from tersor.build.activations import Activations, InputRounding
 from tersor.build.layers import layer_for
 from tersor.foreign import understood
 from tersor.forms import Operator, form_named, setting_of, settings_of
-from tersor.models.files import DTYPES, Entry, file_bytes
+from tersor.models.files import DTYPES, SHARD_BYTES, Entry, file_bytes
 from tersor.models.sites import Site
 from tersor.plan import Choice
 
+OPERATOR_TENSORS = 16  # more than any operator has
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -87,6 +88,12 @@ class Layout:
                 header = sum(len(f"{place}.rounding.{n}{list(b.shape)}") + 80 for n, b in rounding.named_buffers())
                 size += rounding.nbytes + header
         return size
+
+    def shards_bytes(self, size: int, most: int) -> int:
+        """At most what it takes to divide a file of so many bytes into files of `most`."""
+        tensors = len(self.tensors) + OPERATOR_TENSORS * sum(site.stack for site in self.sites)
+        files = 2 * (size + SHARD_BYTES * tensors) // most  # two that follow one another do not fit into one
+        return SHARD_BYTES * min(files, tensors)
 
     def as_json(self) -> dict[str, Any]:
         return {

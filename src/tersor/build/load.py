@@ -16,7 +16,6 @@ from torch import nn
 
 from tersor.build.artifact import (
     RECORD,
-    WEIGHTS,
     check_fit,
     install_empty,
     load_weights,
@@ -30,7 +29,7 @@ from tersor.engine import map_units
 from tersor.errors import TersorError
 from tersor.foreign import understood
 from tersor.forms import Operator
-from tersor.models.files import Checkpoint, open_checkpoint
+from tersor.models.files import Checkpoint, open_checkpoint, weights_of
 from tersor.models.ondemand import take_from_file, without_weights
 
 MANY_WEIGHTS = 200_000_000  # fewer are decoded here: starting workers would take longer
@@ -78,10 +77,10 @@ def load(
                 cut_to(module, folder, record, budget)
         if mode == "small":
             return module
-        with understood(folder / WEIGHTS):
+        with understood(weights_of(folder)):
             return plain(module, dtype)
     except StreamError as error:
-        raise TersorError(f"{folder / WEIGHTS} is damaged: {error}") from error
+        raise TersorError(f"{weights_of(folder)} is damaged: {error}") from error
 
 
 def _load(
@@ -119,7 +118,7 @@ def _made(folder: Path, record: dict[str, Any], model: nn.Module | Callable[[], 
 def _load_on_demand(
     folder: Path, record: dict[str, Any], model: nn.Module | Callable[[], nn.Module] | str | None, device: str
 ) -> nn.Module:
-    checkpoint = open_checkpoint(folder / WEIGHTS)
+    checkpoint = open_checkpoint(folder)
     if record["model"]["kind"] == "huggingface" and model is None:
         from tersor.models import config as c
 
@@ -131,7 +130,7 @@ def _load_on_demand(
             module = _made(folder, record, model)
     install_empty(module, record["sites"], device)
     check_fit(module.state_dict(), checkpoint)
-    take_from_file(module, checkpoint, folder / WEIGHTS, device)
+    take_from_file(module, checkpoint, weights_of(folder), device)
     refuse_not_finite(module, folder)
     return module.eval()
 
@@ -168,7 +167,7 @@ def _call(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -
 def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> nn.Module:
     from tersor.models import config as c
 
-    config, checkpoint = c.read_config(folder), open_checkpoint(folder / WEIGHTS)
+    config, checkpoint = c.read_config(folder), open_checkpoint(folder)
     register()
     cls = _class_checked(folder, config, checkpoint)
     with c.quiet_transformers(), c.opened_as(folder, cls):
@@ -180,10 +179,10 @@ def _load_huggingface(folder: Path, device: str, dtype: torch.dtype | None) -> n
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **c.SAFELY,
         )
-    c.refuse_mismatched(folder / WEIGHTS, info)
+    c.refuse_mismatched(weights_of(folder), info)
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if wrong:
-        raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: {wrong[0]} is on one side only.")
+        raise TersorError(f"{weights_of(folder)} does not fit its config.json: {wrong[0]} is on one side only.")
     loaded: nn.Module = module.to(device)
     return loaded.eval()
 
@@ -200,7 +199,7 @@ def _class_checked(folder: Path, config: dict[str, Any], checkpoint: Checkpoint)
     for name, operator in operators_of(empty).items():
         lacking = [key for key in operator.state_dict() if f"{name}.{key}" not in checkpoint.entries]
         if lacking:
-            raise TersorError(f"{folder / WEIGHTS} does not fit its config.json: it lacks {name}.{lacking[0]}.")
+            raise TersorError(f"{weights_of(folder)} does not fit its config.json: it lacks {name}.{lacking[0]}.")
     return cls
 
 

@@ -28,6 +28,7 @@ def build(
     forms: o.Forms = None,
     activations: o.Activations = None,
     recover: o.Recover = False,
+    shard_size: o.ShardSize = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -64,17 +65,19 @@ def build(
         check_target(out)
         opened = steps.open_run(run)
         if plan is None:
-            made = steps.plan_run(opened, budget, forms=o.names_of(forms), activations=activations, **limits)
+            made = steps.plan_run(
+                opened, budget, forms=o.names_of(forms), activations=activations, shard_size=shard_size, **limits
+            )
         else:
             made = steps.plan_named(opened, plan)
         study = steps.reopen(run, device, memory)
         sizes = samples, sequence_length, batch_size
-        cluster = o.given(workers=workers, engine=engine, ray_address=ray_address)
+        options = o.given(workers=workers, engine=engine, ray_address=ray_address, shard_size=shard_size)
         read = None if data is None else read_data(data)
         batches = [] if read is None else list(study.model.batches(read, *sizes, 0))
         if read is not None and recover:
-            cluster["recover"] = one_batch(study.model, read, sequence_length, 0)
-        steps.build_plan(study, made, out, activations=activations, calibration=batches, progress=progress, **cluster)
+            options["recover"] = one_batch(study.model, read, sequence_length, 0)
+        steps.build_plan(study, made, out, activations=activations, calibration=batches, progress=progress, **options)
     from tersor.report.account import account_of_artifact
     from tersor.report.tables import account_tables
 

@@ -31,6 +31,7 @@ def export(
         str | None,
         typer.Option("--model", metavar="FACTORY", help="The factory of a module of your own, as given to compress."),
     ] = None,
+    shard_size: o.ShardSize = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -46,7 +47,8 @@ def export(
         from tersor.export import export as write
 
         progress("export", f"to {to}", 0, 0)
-        found = write(out, to, folder, model=model, rest=rest, dtype=None if dtype is None else getattr(torch, dtype))
+        kept = None if dtype is None else getattr(torch, dtype)
+        found = write(out, to, folder, model=model, rest=rest, dtype=kept, shard_size=shard_size)
     from tersor.report.tables import export_table
 
     value = {"out": out, "folder": folder, **found.as_json()}

@@ -97,6 +97,10 @@ Recover = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Write several weight files, none larger than this, such as 2GB."),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Only sites that match; may be repeated.", rich_help_panel=CHOICE),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.build.artifact import WEIGHTS, read_record
+from tersor.build.artifact import read_record
 from tersor.build.expand import plain
 from tersor.build.layout import distinct_state
 from tersor.build.load import load
@@ -26,11 +26,13 @@ from tersor.export.grids import Grid, held_by
 from tersor.foreign import understood
 from tersor.forms.integers import IntOperator
 from tersor.models.config import quiet_transformers, read_config
-from tersor.models.files import copy_beside, staged, write_safetensors, write_text
+from tersor.models.files import WEIGHTS, copy_beside, open_checkpoint, staged, weights_of, write_text, write_weights
+from tersor.plan.budget import parse_size
 
 FORMATS: dict[str, ModuleType] = {"compressed-tensors": compressed, "gptq": gptq}
 TARGETS = ("dense", *FORMATS)
 RECORD = "tersor-export.json"
+NO_SHARDS = "1000TB"
 NAMED = 3  # sites that a refusal names
 
 
@@ -57,11 +59,13 @@ def export(
     model: nn.Module | Callable[[], nn.Module] | str | None = None,
     rest: str | None = None,
     dtype: torch.dtype | None = None,
+    shard_size: str | None = None,
 ) -> Exported:
     """Write the artifact `out` to `folder` in the format `to`: `dense`, `compressed-tensors` or `gptq`.
 
     `rest="dense"` stores what the format cannot hold dense, in `dtype` or the model's own. A module of one's own
-    (`model`, as for `load`) can be exported to `dense` only. Raises TersorError where sites cannot be held.
+    (`model`, as for `load`) can be exported to `dense` only. With a `shard_size`, such as `2GB`, no weights file is
+    larger, unless a tensor alone is. Raises TersorError where sites cannot be held.
     """
     out, folder = Path(out), Path(folder)
     if to not in TARGETS:
@@ -69,24 +73,26 @@ def export(
     if rest not in (None, "dense"):
         raise TersorError(f"What a format cannot hold can be stored dense, not {rest!r}.")
     _check_target(folder, to)
+    most = None if shard_size is None else parse_size(shard_size, "shard size")
     record = read_record(out)
     is_hf = record["model"]["kind"] == "huggingface"
     if to != "dense" and not is_hf:
         raise TersorError(f"{out} is a module of one's own, which {to} has no way to name; export it to dense.")
     module = load(out, model, dtype=dtype)
     held = {} if to == "dense" else _held(module, record, to, rest)
-    with understood(out / WEIGHTS):
+    with understood(weights_of(out)):
         whole: Any = plain(module, dtype)
     with staged(folder, last=RECORD) as target:
         if is_hf:
             copy_beside(out, target)
             with quiet_transformers():
-                whole.save_pretrained(target, max_shard_size="1000TB")
-        else:
-            write_safetensors(target / WEIGHTS, distinct_state(whole))
+                whole.save_pretrained(target, max_shard_size=NO_SHARDS if held or most is None else most)
         if held:
-            _pack(target, whole, held, to)
-        size = (target / WEIGHTS).stat().st_size
+            (target / WEIGHTS).unlink()
+            _write(target, _packed(target, whole, held, to), most)
+        elif not is_hf:
+            _write(target, distinct_state(whole), most)
+        size = open_checkpoint(target).file_bytes
         dense = tuple(name for name in record["sites"] if name not in held)
         found = Exported(to, record["model"]["stored_bytes"], record["weights_bytes"], size, tuple(held), dense)
         write_text(target / RECORD, json.dumps(found.as_json(), indent=2))
@@ -122,15 +128,20 @@ def _held(module: nn.Module, record: Mapping[str, Any], to: str, rest: str | Non
     return kept
 
 
-def _pack(target: Path, whole: nn.Module, held: Mapping[str, IntOperator], to: str) -> None:
-    """Put the packed integers in the place of the dense weights, and say so in config.json."""
+def _write(target: Path, state: Mapping[str, Tensor], most: int | None) -> None:
+    entries = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()]
+    write_weights(target, entries, state.__getitem__, most)
+
+
+def _packed(target: Path, whole: nn.Module, held: Mapping[str, IntOperator], to: str) -> dict[str, Tensor]:
+    """The tensors with packed integers in the place of dense weights; says so in config.json."""
     settings = FORMATS[to].config(whole, held)
     state: dict[str, Tensor] = distinct_state(whole)
     for name, operator in held.items():
         dtype = state.pop(f"{name}.weight").dtype
         state |= FORMATS[to].tensors(name, Grid.of(operator), dtype, settings)
-    write_safetensors(target / WEIGHTS, state)
     config = {**read_config(target), "quantization_config": settings}
     write_text(target / "config.json", json.dumps(config, indent=2))
     if to == "gptq":
         write_text(target / "quantize_config.json", json.dumps(settings, indent=2))
+    return state

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.build.artifact import WEIGHTS, read_record, update_record
+from tersor.build.artifact import read_record, update_record
 from tersor.build.latency import one_sample
 from tersor.build.layers import ApproximateLayer, operators_at
 from tersor.build.load import load
@@ -25,6 +25,7 @@ from tersor.judge.intervals import Estimate, mean_estimate
 from tersor.judge.judge import Judgement, judge
 from tersor.models import Model, walk
 from tersor.models.compare import Reference, substituted
+from tersor.models.files import open_checkpoint
 from tersor.models.ondemand import is_on_demand
 from tersor.plan import UNTOUCHED, Plan
 from tersor.run import Run, fingerprint_of
@@ -60,7 +61,7 @@ def judge_artifact(
         original,
         new,
         batches,
-        stored=(original.identity.stored_bytes, (out / WEIGHTS).stat().st_size),
+        stored=(original.identity.stored_bytes, open_checkpoint(out).file_bytes),
         flops=(dense_flops, untouched + plan.flops),
         one=one_sample(original, held_out, sequence_length),
         predicted=plan.divergence,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tersor.build import operators_of
-from tersor.build.artifact import RECORD, WEIGHTS, read_record, sha256
+from tersor.build.artifact import RECORD, read_record, sha256
 from tersor.build.layers import decoded_of
 from tersor.build.load import load
 from tersor.data import read_data
@@ -24,6 +24,7 @@ from tersor.judge.artifact import Source, adopt, plan_of
 from tersor.judge.judge import compared
 from tersor.models import Model
 from tersor.models.config import read_config
+from tersor.models.files import open_checkpoint, weights_of
 from tersor.plan import UNTOUCHED
 from tersor.run import fingerprint_of
 
@@ -63,7 +64,10 @@ def verify(
 
 
 def _hashes(out: Path, record: dict[str, Any]) -> Verified:
-    files = {**record.get("files", {}), WEIGHTS: record["weights_sha256"]}
+    files, weights = record["files"], open_checkpoint(out)
+    unnamed = [path for path in weights.files if path.name not in files]
+    if unnamed:
+        raise TersorError(f"{unnamed[0]} is a file that {RECORD} does not name.")
     for name, due in files.items():
         path = out / name
         if not path.resolve().is_relative_to(out.resolve()):
@@ -72,10 +76,10 @@ def _hashes(out: Path, record: dict[str, Any]) -> Verified:
             raise TersorError(f"{out / RECORD} names {name}, which is missing.")
         if sha256(path) != due:
             raise TersorError(f"{path} is not the file that {RECORD} names: its SHA-256 is another.")
-    size = (out / WEIGHTS).stat().st_size
+    size = weights.file_bytes
     for what, bytes_due in (("weights_bytes", record["weights_bytes"]), ("plan", record["plan"]["stored"])):
         if size != bytes_due:
-            raise TersorError(f"{out / WEIGHTS} takes {size:,} bytes, but {what} of {RECORD} has {bytes_due:,}.")
+            raise TersorError(f"{weights_of(out)} takes {size:,} bytes, but {what} of {RECORD} has {bytes_due:,}.")
     return Verified(HASHES, f"{len(files)} files")
 
 
@@ -101,11 +105,11 @@ def _operators(out: Path, record: dict[str, Any], original: Model | None, progre
         progress("verify", name, number, len(operators))
         finite = bool(torch.isfinite(decoded_of(name, operator)).all())
         if not finite:
-            raise TersorError(f"{out / WEIGHTS}: {name} has NaN or infinite entries.")
+            raise TersorError(f"{weights_of(out)}: {name} has NaN or infinite entries.")
     taken = sum(operator.nbytes for operator in operators.values())
     planned = sum(c["stored"] for c in record["plan"]["choices"] if c["form"] != UNTOUCHED)
     if taken != planned:
-        raise TersorError(f"{out / WEIGHTS}: its operators take {taken:,} bytes, but {planned:,} were planned.")
+        raise TersorError(f"{weights_of(out)}: its operators take {taken:,} bytes, but {planned:,} were planned.")
     return Verified(OPERATORS, f"{len(operators)} decoded")
 
 

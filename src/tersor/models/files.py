@@ -31,7 +31,11 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = "model-{:05}-of-{:05}.safetensors"
+_SHARDED = r"model-\d{5}-of-\d{5}\.safetensors"
+SHARD_BYTES = 64  # at most what a file takes beside its tensors and their names
 METADATA = {"format": "pt"}
 Entry = tuple[str, tuple[int, ...], torch.dtype]  # of a safetensors file: name, shape, dtype
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -104,7 +108,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a folder, and where its index has each tensor; of a single file it has none."""
     refuse_links(folder)
-    index, single = folder / INDEX, folder / "model.safetensors"
+    index, single = folder / INDEX, folder / WEIGHTS
     if index.exists() and single.exists():
         raise TersorError(f"{folder} has both {single.name} and {index.name}, so which of them counts is open.")
     if index.exists():
@@ -124,7 +128,7 @@ def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
         return [single], {}
     if any(path.suffix in PICKLES for path in folder.iterdir()):
         raise TersorError(f"{folder} has weights as pickles only; convert them to safetensors first.")
-    raise TersorError(f"{folder} has no model.safetensors.")
+    raise TersorError(f"{folder} has no {WEIGHTS}.")
 
 
 def _fingerprint(path: Path) -> bytes:
@@ -181,6 +185,46 @@ def write_tensors(path: Path, entries: Iterable[Entry], tensor_of: Callable[[str
     written(path, write)
 
 
+def weights_of(folder: Path) -> Path:
+    """The weights file of a folder, or the index of several."""
+    return folder / INDEX if (folder / INDEX).exists() else folder / WEIGHTS
+
+
+def shards_of(entries: Iterable[Entry], most: int | None) -> list[list[Entry]]:
+    """The tensors of every weights file: of one, or of several of `most` bytes, unless a tensor alone takes more."""
+    if most is None:
+        return [list(entries)]
+    shards: list[list[Entry]] = [[]]
+    size = SHARD_BYTES
+    for entry in _laid_out(entries):
+        taken = _size(*entry[1:]) + len(_header_of([entry]))
+        if shards[-1] and size + taken > most:
+            shards.append([])
+            size = SHARD_BYTES
+        shards[-1].append(entry)
+        size += taken
+    return shards
+
+
+def write_weights(
+    folder: Path, entries: Iterable[Entry], tensor_of: Callable[[str], Tensor], most: int | None = None
+) -> int:
+    """Write tensors to `model.safetensors`, or to shards of at most `most` bytes with an index, one tensor at a time.
+
+    Returns the bytes of these files without the index. Raises TersorError as `write_tensors` does.
+    """
+    shards = shards_of(entries, most)
+    names = [SHARD.format(n, len(shards)) for n in range(1, len(shards) + 1)] if len(shards) > 1 else [WEIGHTS]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, shard, tensor_of)
+    size = sum((folder / name).stat().st_size for name in names)
+    if len(shards) > 1:
+        places = {entry[0]: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        write_text(folder / INDEX, json.dumps(index, indent=2))
+    return size
+
+
 # safetensors lays tensors out by dtype, this order from its end, then by name.
 _ORDER = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32, torch.float32,
@@ -223,7 +267,8 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """A temporary folder beside `folder`, whose files move there when all of them are whole, `last` at the end.
 
-    A failure leaves nothing behind; one of the disk is raised as a TersorError.
+    Weight files that were there before and have other names are removed. A failure leaves nothing behind; one of the
+    disk is raised as a TersorError.
     """
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -232,7 +277,12 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         files = [path for path in temporary.rglob("*") if path.is_file()]
+        known = {path.name for path in files}
+        stale = [path for path in _weights_in(folder) if path.name not in known]
         for path in sorted(files, key=lambda p: (p.name == last, p)):
+            if path.name == last:
+                for old in stale:
+                    old.unlink()
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
@@ -240,6 +290,11 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         raise TersorError(f"{folder} could not be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """The weight files in a folder, and their index."""
+    return [p for p in folder.glob("model*") if p.name in (WEIGHTS, INDEX) or re.fullmatch(_SHARDED, p.name)]
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -263,12 +318,12 @@ def is_alive(pid: int) -> bool:
 
 def copy_beside(source: Path, target: Path) -> None:
     """Copy what goes with a model (tokenizer, pooling, generation config), but no weights and no config."""
-    not_copied = ("config.json", "tersor.json", INDEX, "README.md")
+    not_copied = ("config.json", "tersor.json", "README.md")
     for path in sorted(source.iterdir()):
         if path.is_dir() and re.fullmatch(r"\d+_\w+", path.name) and (path / "config.json").exists():
             shutil.copytree(path, target / path.name, ignore=_links, dirs_exist_ok=True)
         kept = path.suffix in (".json", ".txt", ".model", ".jinja", ".md") or path.name == "LICENSE"
-        if path.is_file() and kept and path.name not in not_copied:
+        if path.is_file() and kept and path.name not in not_copied and not path.name.endswith(".index.json"):
             shutil.copy2(path, target / path.name)
 
 

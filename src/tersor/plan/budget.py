@@ -115,6 +115,13 @@ def parse_bytes(text: str, whole: int) -> int:
     return int(value * _UNITS[unit])
 
 
+def parse_size(text: str, what: str) -> int:
+    """A number of bytes with a unit; raises TersorError for a share, since there is nothing that it could be of."""
+    if text.strip().endswith("%"):
+        raise TersorError(f"The {what} {text!r} is a share; write it as bytes, such as 6GB.")
+    return parse_bytes(text, 0)
+
+
 def _flops(text: str, whole: int) -> int:
     if text.strip().endswith("%"):
         return int(whole * _number(text.strip()[:-1], text) / 100)

@@ -19,7 +19,7 @@ from tersor.forms import USUAL
 from tersor.judge.artifact import judge_artifact
 from tersor.judge.judge import Judgement
 from tersor.models import Batch, Model
-from tersor.plan import UNTOUCHED, Limits, Plan, parse_limits
+from tersor.plan import UNTOUCHED, Limits, Plan, parse_limits, parse_size
 from tersor.steps.opening import Progress, Study, plan_name, silent
 from tersor.steps.studying import clocked, study
 
@@ -35,6 +35,7 @@ def build_plan(
     activations: str | None = None,
     calibration: Sequence[Batch] = (),
     recover: Batch | None = None,
+    shard_size: str | None = None,
     workers: int | None = None,
     engine: str = "local",
     ray_address: str | None = None,
@@ -43,7 +44,8 @@ def build_plan(
     """Fit `plan` and write it to `out`; the study's model is the built one afterwards, so open it anew to go on.
 
     With `activations`, such as `int8` or `fp4,tensor,shift`, inputs of layers are rounded, by batches of `calibration`.
-    With a batch to `recover` on, biases are shifted at the end, so that every layer gives its old means there.
+    With a batch to `recover` on, biases are shifted at the end, so that every layer gives its old means there. With a
+    `shard_size`, such as `2GB`, no weights file is larger, unless a tensor alone is.
     """
     built_of = {choice.form for choice in plan.choices} - {UNTOUCHED}
     workers = opened.workers(workers, built_of, opened.run.get("metric"))
@@ -62,6 +64,7 @@ def build_plan(
             calibration=calibration,
             recover=recover,
             workers=workers,
+            shard_bytes=None if shard_size is None else parse_size(shard_size, "shard size"),
             progress=lambda what, done, total: progress("build", what, done, total),
         )
         opened.run.put_plan(
@@ -97,6 +100,7 @@ def compress(
     sequential: bool = False,
     activations: str | None = None,
     recover: bool = False,
+    shard_size: str | None = None,
     judge_samples: int | None = None,
     choose: Callable[[Study, Limits], Plan] | None = None,
     progress: Progress = silent,
@@ -106,8 +110,9 @@ def compress(
 
     `choose` makes the plan from the study and the limits, where it is not the planner's. With `activations`, such as
     `int8` or `fp4,tensor,shift`, inputs of the layers that the plan approximates are rounded too. With `recover`,
-    biases are shifted at the end so that every layer gives its old means on calibration data. Without `held_out`
-    nothing is judged. The module given, or read, is the built one afterwards.
+    biases are shifted at the end so that every layer gives its old means on calibration data. With a `shard_size`, such
+    as `2GB`, no weights file is larger, unless a tensor alone is. Without `held_out` nothing is judged. The module
+    given, or read, is the built one afterwards.
     """
     check_target(Path(out))
     asked: dict[str, Any] = {
@@ -119,6 +124,8 @@ def compress(
     # What cannot be read is refused before the work.
     asked_for = parse_limits(budget, whole_bytes=1, whole_flops=1, whole_latency=1.0, **asked)
     timed = asked_for.latency is not None
+    if shard_size is not None:
+        parse_size(shard_size, "shard size")
     if activations is not None:
         Activations.of(activations)
     if options.get("memory") is not None and (sequential or activations is not None or recover):
@@ -137,7 +144,7 @@ def compress(
     workers = options.get("workers")
     with pool_of(workers, options.get("engine", "local"), options.get("ray_address")):
         opened = study(model, data, folder, forms=drawn, progress=progress, **options)
-        asked["activations"] = activations
+        asked |= {"activations": activations, "shard_size": shard_size}
         limits = opened.limits(budget, **asked)
         progress("plan", "", 0, 0)
         if choose is None:
@@ -159,6 +166,7 @@ def compress(
             sequential=again if sequential else None,
             activations=activations,
             calibration=again,
+            shard_size=shard_size,
             recover=one_batch(opened.model, data, _shape(options)[0], options.get("seed", 0)) if recover else None,
             workers=workers,
             progress=progress,

@@ -14,7 +14,7 @@ from tersor.errors import TersorError
 from tersor.models import Site
 from tersor.models.sites import block_of
 from tersor.observe.collect import LARGEST_MOMENT
-from tersor.plan.budget import parse_bytes
+from tersor.plan.budget import parse_size
 
 PROCESS = 512 << 20  # of a process with its libraries and kernels
 FITTING, BY_ROWS = 32, 4  # times a weight in 32 bits, while it is fitted: at once, or some rows at a time
@@ -33,9 +33,7 @@ class Memory:
     @classmethod
     def of(cls, text: str) -> Memory:
         """A number with a unit, such as `6GB`."""
-        if text.strip().endswith("%"):
-            raise TersorError(f"The memory {text!r} is a share; write it as bytes, such as 6GB.")
-        return cls(parse_bytes(text, 0))
+        return cls(parse_size(text, "memory"))
 
     def workers(self, sites: Sequence[Site], asked: int | None, forms: Iterable[str], metric: str) -> int:
         """The most processes, of those asked for, that fit the largest sites at once in these forms.

@@ -17,7 +17,7 @@ from tersor.errors import TersorError
 from tersor.foreign import check
 from tersor.forms import form_named
 from tersor.models import Divergence, Model, Site, Walk, open_model, walk
-from tersor.plan import PLAN, Latencies, Limits, Plan, Planner, parse_limits
+from tersor.plan import PLAN, Latencies, Limits, Plan, Planner, parse_limits, parse_size
 from tersor.run import Run
 from tersor.run.facts import LASTING
 from tersor.steps.memory import Memory
@@ -94,10 +94,17 @@ def limit_of(run: Run) -> Limit | None:
     return Limit.of(run, layout.sites, layout.file_bytes)
 
 
-def limits_of(run: Run, budget: str | None = None, *, activations: str | None = None, **limits: Any) -> Limits:
+def limits_of(
+    run: Run,
+    budget: str | None = None,
+    *,
+    activations: str | None = None,
+    shard_size: str | None = None,
+    **limits: Any,
+) -> Limits:
     """Budgets as users write them, of the model of a run; see `parse_limits`.
 
-    What rounding `activations` may store is taken from the bytes of the whole model beforehand.
+    What rounding `activations`, and shards of a size, may store is taken from the bytes of the whole model beforehand.
     """
     latencies, layout = Latencies.of(run), Layout.from_json(run.get("layout"))
     found = parse_limits(
@@ -107,9 +114,10 @@ def limits_of(run: Run, budget: str | None = None, *, activations: str | None = 
         whole_latency=None if latencies is None else latencies.whole,
         **limits,
     )
-    if activations is None:
-        return found
-    kept = layout.rounding_bytes(Activations.of(activations))
+    kept = 0 if activations is None else layout.rounding_bytes(Activations.of(activations))
+    if shard_size is not None:
+        size = max((v for v in (found.stored, found.resident) if v is not None), default=0)
+        kept += layout.shards_bytes(size, parse_size(shard_size, "shard size"))
     left = {k: v - kept for k in ("stored", "resident") if (v := getattr(found, k)) is not None}
     return replace(found, **left)
 
