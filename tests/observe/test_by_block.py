@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tersor import TersorError
 from tersor.data import Data
 from tersor.models import open_model, walk
+from tersor.models.passage import Passage
 from tersor.observe import collect, collect_by_block
 from tiny_models import draw_model, token_batches
 
@@ -43,6 +44,57 @@ def test_summaries_are_those_of_one_pass(name: str, gradients: bool, tmp_path: P
         for field, values in summary.tensors().items():
             sampled = name == "t5" and key[0] == "shared" and field == "overlap"  # by the moments so far
             assert sampled or (found[key][field] - values).norm() <= 1e-5 * values.norm(), (key, field)
+    assert not (tmp_path / "spool").exists()
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["llama-tied", "t5"])
+def test_a_pass_that_was_stopped_goes_on_at_its_stretch(
+    name: str, gradients: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_model(name, layers=3).save_pretrained(tmp_path)
+    model = open_model(tmp_path, on_demand=True)
+    batches = model.batches(Data("tokens", batches=token_batches(name, count=2)), None, 8, 3)
+    options = {"gradients": gradients, "seed": 5, "key": "one"}
+    through, calls, end = Passage._through, 0, 10**9
+
+    def counted(*given: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > end:
+            raise Killed
+        return through(*given, **options)
+
+    monkeypatch.setattr(Passage, "_through", counted)
+    expected, whole = _summaries(model, batches, tmp_path / "spool", **options), calls
+    for end in range(1, whole, 3):
+        calls, found = 0, {}
+        with pytest.raises(Killed):
+            for collector in collect_by_block(model, walk(model.module).sites, batches, tmp_path / "spool", **options):
+                found |= {key: summary.tensors() for key, summary in collector.summaries.items()}
+        stopped, calls, end = calls, 0, 10**9
+        found |= _summaries(model, batches, tmp_path / "spool", **options)
+        assert calls <= whole - stopped + 1 + len(batches), "more was done twice than a stretch"
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k][f], v) for k, fields in expected.items() for f, v in fields.items())
+        assert not (tmp_path / "spool").exists()
+
+
+def test_what_another_pass_left_is_not_gone_on_with(tmp_path: Path) -> None:
+    draw_model("llama-tied", layers=3).save_pretrained(tmp_path)
+    model = open_model(tmp_path, on_demand=True)
+    batches = model.batches(Data("tokens", batches=token_batches(count=2)), None, 8, 3)
+    options = {"gradients": False, "seed": 5}
+    first = collect_by_block(model, walk(model.module).sites, batches, tmp_path / "spool", key="one", **options)
+    next(first), next(first)
+    first.close()
+    assert (tmp_path / "spool").exists()
+    found = _summaries(model, batches, tmp_path / "spool", key="other", **options)
+    assert found.keys() == _summaries(model, batches, tmp_path / "spool", key="other", **options).keys()
     assert not (tmp_path / "spool").exists()
 
 

@@ -239,10 +239,10 @@ def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return size
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors under a temporary name and rename the file when it is whole."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    written(path, lambda temporary: save_file(ready, temporary, METADATA))
+    written(path, lambda temporary: save_file(ready, temporary, {**METADATA, **(metadata or {})}))
 
 
 def write_text(path: Path, text: str) -> None:

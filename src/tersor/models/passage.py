@@ -2,24 +2,28 @@
 
 What the blocks hand on lies in files, so that memory holds the weights of one stretch and what one batch makes of it.
 The gradients of an output go the same way back: every stretch is run again from what the one before handed on. The
-blocks of a chain that run once, one after another, are found by watching one batch.
+blocks of a chain that run once, one after another, are found by watching one batch. What a stretch that was not
+finished wrote is written again, so a passage whose process was killed goes on at its stretch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from tersor.models.files import read_tensors, write_safetensors
+from tersor.foreign import check, read_json, understood
+from tersor.models.files import read_tensors, write_safetensors, write_text
 from tersor.models.ondemand import held
 from tersor.models.prefix import Enough, spans_of, stubbed
 
@@ -29,19 +33,25 @@ Run = Callable[[int], Tensor]
 class Passage:
     """The stretches of a module that `run(number)` puts through batch `number` of `count`; `smallest` is one of them.
 
-    Files lie in `folder`, which `close` removes.
+    Files lie in `folder`. Those that a passage of the same `key`, which did not come to its end, left there are used.
     """
 
-    def __init__(self, module: nn.Module, run: Run, count: int, smallest: int, folder: Path) -> None:
+    def __init__(self, module: nn.Module, run: Run, count: int, smallest: int, folder: Path, key: str = "") -> None:
         self._module, self._run, self.count = module, run, count
-        self._spool = _Spool(folder)
+        self.spool = Spool(folder, key)
         with torch.no_grad():
             spans = spans_of(module, lambda: run(smallest))
         self._blocks = _in_turn(module, spans)
         self.stretches = len(self._blocks) + 1
 
     def close(self) -> None:
-        self._spool.close()
+        """Remove all files."""
+        self.spool.close()
+
+    def leave(self) -> None:
+        """Remove all files but those that another process can go on with."""
+        if not self.spool.is_begun:
+            self.spool.close()
 
     @contextmanager
     def holding(self, number: int) -> Iterator[None]:
@@ -59,7 +69,7 @@ class Passage:
         """
         output, _ = self._through(number, batch, begun, leaves=False)
         if number < len(self._blocks):
-            self._spool.put(f"out|{self._blocks[number]}", batch, output)
+            self.spool.put(f"out|{self._blocks[number]}", batch, output)
         return output
 
     def backward(self, number: int, batch: int, begun: Callable[[], Any], loss: Callable[[Tensor], Tensor]) -> None:
@@ -72,21 +82,40 @@ class Passage:
             if number == len(self._blocks):
                 loss(output).backward()
             else:
-                known = self._spool.get(f"gradient|{self._blocks[number]}", batch)
-                pairs = zip(tree_flatten(output)[0], tree_flatten(known)[0], strict=True)
+                known = self._gradients(number, batch)
+                pairs = zip(tree_flatten(output)[0], known, strict=True)
                 reached = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
                 if reached:
                     torch.autograd.backward([o for o, _ in reached], [g for _, g in reached])
-                self._spool.drop(f"gradient|{self._blocks[number]}", batch)
         for name, leaves in given.items():
-            self._add(f"gradient|{name}", batch, leaves)
+            gradients = [leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves]
+            self.spool.put(f"gradient|{name}|{number}", batch, gradients)
 
     def forget(self, number: int) -> None:
-        """Remove what no stretch after `number` reads."""
+        """Remove what no stretch after `number`, on the way forward, reads."""
         needed = self._last_of(number + 1)
-        for name in set(self._last_of(number)) - set(needed):
+        self._drop(f"out|{name}" for name in set(self._last_of(number)) - set(needed))
+
+    def forget_gradients(self, number: int) -> None:
+        """Remove what no stretch before `number` reads, on the way back."""
+        if number < len(self._blocks):
+            name = self._blocks[number]
+            self._drop([f"out|{name}", *(f"gradient|{name}|{later}" for later in range(number + 1, self.stretches))])
+
+    def _gradients(self, number: int, batch: int) -> list[Any]:
+        """The gradients of what stretch `number` hands on, leaf by leaf: the sum of those from all later stretches."""
+        total: list[Any] = []
+        for later in range(self.stretches - 1, number, -1):
+            name = f"gradient|{self._blocks[number]}|{later}"
+            if self.spool.has(name, batch):
+                pairs = zip_longest(total, self.spool.get(name, batch))
+                total = [b if a is None else a if b is None else a + b for a, b in pairs]
+        return total
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
             for batch in range(self.count):
-                self._spool.drop(f"out|{name}", batch)
+                self.spool.drop(name, batch)
 
     def _through(
         self, number: int, batch: int, begun: Callable[[], Any], leaves: bool
@@ -95,7 +124,7 @@ class Passage:
         given: dict[str, list[Any]] = {}
         trees: dict[str, TreeSpec] = {}
         for name in self._last_of(number):
-            found, trees[name] = tree_flatten(self._spool.get(f"out|{name}", batch))
+            found, trees[name] = tree_flatten(self.spool.get(f"out|{name}", batch))
             given[name] = [_leaf(value, leaves) for value in found]
 
         def start(*_: Any) -> None:
@@ -137,48 +166,73 @@ class Passage:
             last[name.rpartition(".")[0]] = name
         return list(last.values())
 
-    def _add(self, name: str, batch: int, leaves: list[Any]) -> None:
-        """Add the gradients of these tensors to those that later stretches left."""
-        gradients = [leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves]
-        if self._spool.has(name, batch):
-            pairs = zip(gradients, self._spool.get(name, batch), strict=True)
-            gradients = [b if a is None else a if b is None else a + b for a, b in pairs]
-        self._spool.put(name, batch, gradients)
 
+class Spool:
+    """Trees of tensors in files of a folder, and which steps are done; `key` says of what.
 
-class _Spool:
-    """Trees of tensors in files; what is no tensor stays in memory."""
+    What is no tensor stays in memory, and in the files too where JSON has it; else a killed process cannot go on.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-        self._folder = folder
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._done = folder, folder / "done.json"
         self._kept: dict[tuple[str, int], tuple[list[Any], TreeSpec]] = {}
+        self._lasts = True
+        known = check(read_json(self._done), {"key": str, "done": [str]}, self._done) if self._done.exists() else {}
+        self._state: dict[str, Any] = known if known.get("key") == key else {"key": key, "done": []}
+        if not self.is_begun:
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed, or of something else
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether another process could go on: a step is done, and files tell all."""
+        return bool(self._state["done"]) and self._lasts
+
+    def is_done(self, step: str) -> bool:
+        return step in self._state["done"]
+
+    def mark(self, step: str) -> None:
+        """Say that a step is done; it is so for other processes, too, if they can read all that there is."""
+        self._state["done"].append(step)
+        if self._lasts:
+            write_text(self._done, json.dumps(self._state))
 
     def put(self, name: str, batch: int, tree: Any) -> None:
         leaves, spec = tree_flatten(tree)
         tensors = {str(i): leaf.detach().clone() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        if tensors:
-            write_safetensors(self._file(name, batch), tensors)
-        self._kept[name, batch] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+        kept = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        try:
+            metadata = {"tree": treespec_dumps(spec), "leaves": json.dumps(kept)}
+        except (NotImplementedError, TypeError, ValueError):
+            metadata, self._lasts = {}, False
+        write_safetensors(self._file(name, batch), tensors, metadata)
+        self._kept[name, batch] = kept, spec
 
     def get(self, name: str, batch: int) -> Any:
-        kept, spec = self._kept[name, batch]
         path = self._file(name, batch)
-        tensors = read_tensors(path) if path.exists() else {}
+        kept, spec = self._kept.get((name, batch)) or _tree_of(path)
+        tensors = read_tensors(path)
         return tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(kept)], spec)
 
     def has(self, name: str, batch: int) -> bool:
-        return (name, batch) in self._kept
+        return self._file(name, batch).exists()
 
     def drop(self, name: str, batch: int) -> None:
-        if self._kept.pop((name, batch), None) is not None:
-            self._file(name, batch).unlink(missing_ok=True)
+        self._kept.pop((name, batch), None)
+        self._file(name, batch).unlink(missing_ok=True)
 
     def close(self) -> None:
+        self._state["done"].clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, name: str, batch: int) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{batch}.safetensors"
+
+
+def _tree_of(path: Path) -> tuple[list[Any], TreeSpec]:
+    """What another process kept beside the tensors of a file."""
+    with understood(path), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        return json.loads(metadata["leaves"]), treespec_loads(metadata["tree"])
 
 
 def _leaf(value: Any, requires_grad: bool) -> Any:

@@ -6,6 +6,7 @@ stretch begins. With gradients the blocks run twice: forwards, and once more on 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from tersor.models.model import Batch, Model, size_of
 from tersor.models.passage import Passage
 from tersor.models.sites import Site
 from tersor.observe.collect import Collector, frozen, outputs_of, refuse_not_finite
+from tersor.observe.summary import Summary
 
 Progress = Callable[[int, int], Any]
 _INSTEAD = "cannot be observed block by block; leave out --memory"
@@ -35,19 +37,21 @@ def collect_by_block(
     gradients: bool,
     seed: int,
     divergence: Divergence | None = None,
+    key: str = "",
     progress: Progress = lambda *_: None,
 ) -> Iterator[Collector]:
     """Yield the collectors of all stretches of the model, each with the summaries of what ran there.
 
-    What blocks hand on lies in `folder`, which is removed at the end. Weights with several places, which may lie in
-    several stretches, come last. Raises TersorError where the model is no chain of blocks, or where gradients go around
-    them.
+    What blocks hand on lies in `folder`, which is removed at the end. Where a process with the same `key` was stopped,
+    the stretches whose collectors it yielded, and went on from, are not run again. Weights with several places, which
+    may lie in several stretches, come last. Raises TersorError where the model is no chain of blocks, or where
+    gradients go around them.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     smallest = min(range(len(batches)), key=lambda number: size_of(batches[number]))
     progress(0, 1)
     with frozen(model.module):
-        passage = Passage(model.module, partial(_outputs, model, batches), len(batches), smallest, folder)
+        passage = Passage(model.module, partial(_outputs, model, batches), len(batches), smallest, folder, key)
         try:
             if passage.stretches == 1:
                 source = model.identity.source
@@ -56,8 +60,13 @@ def collect_by_block(
             probe = (lambda output: chosen.probe(output, generator)) if gradients else None
             observed = _Observed(model, tuple(sites), batches, passage, probe, progress)
             yield from observed.collectors()
-        finally:
             passage.close()
+        except TersorError as error:
+            if not isinstance(error.__cause__, OSError):  # of the model or the data: the next process will meet it too
+                passage.close()
+            raise
+        finally:
+            passage.leave()
 
 
 def _outputs(model: Model, batches: Sequence[Batch], number: int) -> Tensor:
@@ -76,22 +85,27 @@ class _Observed:
     progress: Progress
 
     def collectors(self) -> Iterator[Collector]:
-        numbers, late = range(self.passage.stretches), self._collector(())
+        numbers = range(self.passage.stretches)
         steps = len(numbers) * (1 if self.probe is None else 2)
-        visit = self._forwards
+        spool, visit, forget = self.passage.spool, self._forwards, self.passage.forget
         if self.probe is not None:
             for number in numbers[:-1]:
                 self.progress(number, steps)
-                with self.passage.holding(number):
-                    for batch in range(len(self.batches)):
-                        self._forwards(number, batch, lambda: None)
-            numbers, visit = numbers[::-1], self._backwards
+                if not spool.is_done(f"forwards {number}"):
+                    with self.passage.holding(number):
+                        for batch in range(len(self.batches)):
+                            self._forwards(number, batch, lambda: None)
+                    spool.mark(f"forwards {number}")
+            numbers, visit, forget = numbers[::-1], self._backwards, self.passage.forget_gradients
         for done, number in enumerate(numbers, steps - len(numbers)):
             self.progress(done, steps)
-            yield self._without_tied(self._stretch(number, visit), late)
-            if self.probe is None:
-                self.passage.forget(number)
-        yield self._finished(late)
+            if not spool.is_done(f"observed {number}"):
+                collector = self._stretch(number, visit)
+                spool.put("tied", number, self._tied(collector))
+                yield collector
+                spool.mark(f"observed {number}")
+            forget(number)
+        yield self._of_tied(spool.get("tied", number) for number in numbers)
 
     def _collector(self, sites: tuple[Site, ...]) -> Collector:
         return Collector(self.model, sites, gradients=self.probe is not None)
@@ -115,14 +129,21 @@ class _Observed:
             )
         return self._finished(collector)
 
-    def _without_tied(self, collector: Collector, late: Collector) -> Collector:
-        """Move the summaries of weights with several places to those that come last."""
+    def _tied(self, collector: Collector) -> dict[str, Any]:
+        """Take the summaries of weights with several places out of a collector; they come last."""
         tied = {site.name for site in self.sites if len(site.places) > 1}
-        for key in [key for key in collector.summaries if key[0] in tied]:
-            summary = collector.summaries.pop(key)
-            late.rows_are_inputs[key] = collector.rows_are_inputs[key]
-            late.summaries[key] = late.summaries[key] + summary if key in late.summaries else summary
-        return collector
+        keys = [key for key in collector.summaries if key[0] in tied]
+        return {json.dumps([*key, collector.rows_are_inputs[key]]): vars(collector.summaries.pop(key)) for key in keys}
+
+    def _of_tied(self, parts: Iterable[dict[str, Any]]) -> Collector:
+        """A collector with the sums of these."""
+        collector = self._collector(())
+        for text, values in (item for part in parts for item in part.items()):
+            *found, rows_are_inputs = json.loads(text)
+            key, summary = (found[0], found[1], found[2]), Summary(**values)
+            collector.rows_are_inputs[key] = rows_are_inputs
+            collector.summaries[key] = collector.summaries[key] + summary if key in collector.summaries else summary
+        return self._finished(collector)
 
     def _forwards(self, number: int, batch: int, begun: Callable[[], None]) -> None:
         with torch.no_grad():

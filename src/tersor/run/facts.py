@@ -58,6 +58,7 @@ _FACTS: dict[str, Any] = {
 }  # fmt: skip
 _BY_PREFIX: dict[str, Any] = {
     "gain/": {"gain?": float, "by_form?": {str: float}, "predicted?": float, "measured?": float},
+    "observed/": bool,
     "seconds/": float,
     "judgement/": JUDGEMENT,
 }

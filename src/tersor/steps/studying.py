@@ -26,6 +26,7 @@ from tersor.metrics import KINDS
 from tersor.models import Batch, Divergence, Model, Site
 from tersor.models.compare import Reference
 from tersor.models.divergence import softened
+from tersor.models.model import size_of
 from tersor.models.ondemand import is_on_demand
 from tersor.observe import Collector, collect, collect_by_block, store_summaries, unseen
 from tersor.observe.certainty import certainty
@@ -195,14 +196,18 @@ def _observe(
 ) -> None:
     divergence = opened.model.divergence
     if gradients and divergence.name == "kl":
-        found = certainty(opened.model, fit, check, soften=unseen_data)
-        opened.run.put("certainty", {**asdict(found), "is_certain": found.is_certain})
-        divergence = softened(divergence, found.temperature)
+        if opened.run.get("certainty") is None:
+            found = certainty(opened.model, fit, check, soften=unseen_data)
+            opened.run.put("certainty", {**asdict(found), "is_certain": found.is_certain})
+        divergence = softened(divergence, opened.run.get("certainty")["temperature"])
 
     def watch(part: str, batches: list[Batch], sites: tuple[Site, ...], probed: Divergence) -> None:
+        if opened.run.get(f"observed/{part}"):
+            return
         shown = partial(progress, "observe", part)
         for collector in _collectors(opened, sites, batches, shown, gradients=gradients, seed=seed, divergence=probed):
             store_summaries(opened.run, sites, collector, part)
+        opened.run.put(f"observed/{part}", True)
 
     watch("fit", fit, opened.sites, divergence)
     few = damping_sites(opened.run, opened.sites)
@@ -219,8 +224,9 @@ def _collectors(
 ) -> Iterator[Collector]:
     """The summaries of the sites: of all at once, or block by block where weights are read on demand."""
     if is_on_demand(opened.model.module):
-        spool = opened.run.folder / "spool"
-        yield from collect_by_block(opened.model, sites, batches, spool, progress=progress, **options)
+        spool, names = opened.run.folder / "spool", [site.name for site in sites]
+        key = json.dumps([names, fingerprint_of(batches), [size_of(batch) for batch in batches]])
+        yield from collect_by_block(opened.model, sites, batches, spool, key=key, progress=progress, **options)
         return
 
     def reported() -> Iterator[Batch]:
