@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tersor import TersorError
 from tersor.data import Data
 from tersor.models import open_model, walk
-from tersor.models.passage import Passage
+from tersor.models.passage import Passage, Spool
 from tersor.observe import collect, collect_by_block
 from tiny_models import draw_model, token_batches
 
@@ -96,6 +96,16 @@ def test_what_another_pass_left_is_not_gone_on_with(tmp_path: Path) -> None:
     found = _summaries(model, batches, tmp_path / "spool", key="other", **options)
     assert found.keys() == _summaries(model, batches, tmp_path / "spool", key="other", **options).keys()
     assert not (tmp_path / "spool").exists()
+
+
+def test_what_files_cannot_tell_is_begun_anew(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", "one")
+    spool.put("a", 0, [torch.ones(2), 3])
+    spool.mark("a")
+    assert Spool(tmp_path / "spool", "one").get("a", 0)[1] == 3
+    spool.put("b", 0, [torch.ones(2), object()])
+    spool.mark("b")
+    assert not Spool(tmp_path / "spool", "one").is_done("a") and not (tmp_path / "spool").exists()
 
 
 @pytest.mark.parametrize("metric", ["input", "kronecker"])

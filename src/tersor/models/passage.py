@@ -204,6 +204,7 @@ class Spool:
             metadata = {"tree": treespec_dumps(spec), "leaves": json.dumps(kept)}
         except (NotImplementedError, TypeError, ValueError):
             metadata, self._lasts = {}, False
+            self._done.unlink(missing_ok=True)
         write_safetensors(self._file(name, batch), tensors, metadata)
         self._kept[name, batch] = kept, spec
 
