@@ -1,6 +1,6 @@
 """Shifting the biases of a reference model whose weights stand for a built one, as `tersor compress --recover` does.
 
-On the check data, or on calibration data where a model has none: of these no held-out sample is one.
+On samples that the study has seen: of the check data, or of the calibration data where a model has none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from models import Reference
 from tersor.models import Model
 from tersor.recover import means_of, shift_biases
-from tersor.steps.compressing import one_batch
+from tersor.steps.compressing import RECOVERED
 
 
 class Recovery:
@@ -19,7 +19,9 @@ class Recovery:
 
     def __init__(self, known: Reference, model: Model) -> None:
         self._model = model
-        self._batch = one_batch(model, known.check or known.calibration, known.sequence_length, 0)
+        seen, data = (known.samples, known.calibration) if known.check is None else (known.samples // 2, known.check)
+        count = min(seen, RECOVERED)
+        (self._batch,) = model.batches(data, count, known.sequence_length, count, 0)
         self._masks = model.masks(self._batch)
         self._expected = means_of(model.module, self._run, self._masks)
 
