@@ -26,7 +26,7 @@ from tersor.build.layout import Layout
 from tersor.curves.limit import Limit
 from tersor.errors import UnreachableBudget
 from tersor.forms import USUAL
-from tersor.plan import Limits, Plan
+from tersor.plan import Limits, Plan, Planner
 from tersor.steps import Study
 
 DRAWN = (*USUAL, "trellis")
@@ -44,9 +44,8 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def plan_at(opened: Study, stored: int, menu: str, touched: Collection[str] | None) -> Plan:
+def plan_at(planner: Planner, stored: int, touched: Collection[str] | None) -> Plan:
     """The plan of least predicted divergence within `stored` bytes; with `touched`, all but those stay as they are."""
-    planner = opened.planner(MENUS[menu])
     if touched is not None:
         menus = (
             m if site.parameter_name in touched else m[:1] for site, m in zip(planner.sites, planner.menus, strict=True)
@@ -90,7 +89,7 @@ class Ours:
             return json.loads(kept.read_text(encoding="utf8")), np.load(array) if array.exists() else None
         values = None
         try:
-            row, values = self._measure(plan_at(self.opened, stored, menu, touched), score=touched is None)
+            row, values = self._measure(plan_at(self._planners[menu], stored, touched), score=touched is None)
         except UnreachableBudget as error:
             row = {"note": str(error)}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +97,10 @@ class Ours:
             np.save(array, values)
         kept.write_text(json.dumps(row), encoding="utf8")
         return row, values
+
+    @cached_property
+    def _planners(self) -> dict[str, Planner]:
+        return {menu: self.opened.planner(forms) for menu, forms in MENUS.items()}
 
     @cached_property
     def _recovery(self) -> Recovery:

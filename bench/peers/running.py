@@ -22,7 +22,7 @@ from peers.settings import label_of
 from peers.setup import ENVIRONMENTS, HERE, python_of, requirements_of
 from peers.subject import Subject
 
-SECONDS = 3600
+SECONDS = 1800
 LEAST = 0.1  # of the file; a peer that touches less has not compressed the model
 
 
