@@ -106,7 +106,7 @@ def test_too_little_memory_is_refused_with_what_it_takes(tmp_path: Path, quick: 
     with pytest.raises(TersorError, match=r"--memory allows 0\.1 GB, but fitting"):
         study(tmp_path / "model", token_batches(count=5), tmp_path / "run", memory="100MB", **quick)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(TersorError, match="is a share"):
+    with pytest.raises(TersorError, match="is no number of bytes"):
         Memory.of("40%")
 
 
@@ -128,7 +128,7 @@ def test_judging_takes_no_larger_batches_than_the_memory_allows(tmp_path: Path, 
     build_plan(opened, opened.plan("30%"), tmp_path / "out", workers=1)
     asked = ["judge", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--data", "none.txt", "--memory"]
     found = CliRunner().invoke(app, [*asked, "40%"])
-    assert found.exit_code == 2 and "is a share" in found.output
+    assert found.exit_code == 2 and "is no number of bytes" in found.output
     found = CliRunner().invoke(app, [*asked, "100MB"])
     assert found.exit_code == 2 and "--memory allows 0.1 GB" in found.output
 

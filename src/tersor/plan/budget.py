@@ -116,10 +116,13 @@ def parse_bytes(text: str, whole: int) -> int:
 
 
 def parse_size(text: str, what: str) -> int:
-    """A number of bytes with a unit; raises TersorError for a share, since there is nothing that it could be of."""
-    if text.strip().endswith("%"):
-        raise TersorError(f"The {what} {text!r} is a share; write it as bytes, such as 6GB.")
-    return parse_bytes(text, 0)
+    """A number of bytes with a unit; raises TersorError for anything else, a share included, since it is of nothing."""
+    try:
+        if not text.strip().endswith("%"):
+            return parse_bytes(text, 0)
+    except TersorError:
+        pass
+    raise TersorError(f"The {what} {text!r} is no number of bytes; write it as 6GB or 500MB.")
 
 
 def _flops(text: str, whole: int) -> int:
