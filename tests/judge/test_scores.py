@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.judge.intervals import bootstrap, mean_estimate
-from tersor.judge.scores import auc, score_all, spearman
+from tersor.judge.scores import Predicted, auc, score_all, spearman
 from tersor.models import DIVERGENCES
 from tersor.models.compare import mean_by_unit
 
@@ -78,7 +78,9 @@ class Fake:
 
 
 def scores_of(kind: str, labels: Tensor | None, units: Tensor, before: Tensor, after: Tensor) -> dict[str, Any]:
-    return {s.name: s for s in score_all(Fake(kind), [(labels, units)], [before], [after])}  # type: ignore[arg-type]
+    model: Any = Fake(kind)
+    seen = [[Predicted.of(model, (labels, units), outputs)] for outputs in (before, after)]
+    return {s.name: s for s in score_all(model, [(labels, units)], *seen)}
 
 
 def test_perplexity_leaves_out_what_has_no_label() -> None:

@@ -6,9 +6,12 @@ What is measured is written beside the artifact and, where a run is given, into 
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from tersor.models import Model, walk
 from tersor.models.compare import Reference, substituted
 from tersor.models.files import open_checkpoint
 from tersor.models.ondemand import is_on_demand
+from tersor.models.passage import by_stretches
 from tersor.plan import UNTOUCHED, Plan
 from tersor.run import Run, fingerprint_of
 
@@ -55,21 +59,30 @@ def judge_artifact(
     new = adopt(original, out)
     known = walk(original.module).sites
     chosen = {c.site for c in plan.choices}
+    one = one_sample(original, held_out, sequence_length)
     dense_flops = sum(2 * s.shape[0] * s.shape[1] for s in known)
     untouched = sum(2 * s.shape[0] * s.shape[1] for s in known if s.name not in chosen)
-    found = judge(
-        original,
-        new,
-        batches,
-        stored=(original.identity.stored_bytes, open_checkpoint(out).file_bytes),
-        flops=(dense_flops, untouched + plan.flops),
-        one=one_sample(original, held_out, sequence_length),
-        predicted=plan.divergence,
-        predicted_speed=plan.latency_share,
-        pairs=read,
-        sequence_length=sequence_length,
-        progress=lambda what, done, total: progress("judge", what, done, total),
-    )
+    with ExitStack() as stack:
+        if is_on_demand(original.module):
+            spool = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+            stack.callback(shutil.rmtree, spool, ignore_errors=True)
+            original, new = (
+                stack.enter_context(by_stretches(model, batches, spool / what, partial(progress, "judge", what)))
+                for what, model in (("original by blocks", original), ("result by blocks", new))
+            )
+        found = judge(
+            original,
+            new,
+            batches,
+            stored=(original.identity.stored_bytes, open_checkpoint(out).file_bytes),
+            flops=(dense_flops, untouched + plan.flops),
+            one=one,
+            predicted=plan.divergence,
+            predicted_speed=plan.latency_share,
+            pairs=read,
+            sequence_length=sequence_length,
+            progress=partial(progress, "judge"),
+        )
     if run is not None:
         _check_run(run, original)
         d = found.divergence

@@ -17,7 +17,7 @@ from tersor.build import decoded
 from tersor.errors import TersorError
 from tersor.judge.costs import Latency, latency, peak_bytes, resident_bytes
 from tersor.judge.intervals import Estimate, mean_estimate
-from tersor.judge.scores import Score, pair_score, paired, score_all, spearman
+from tersor.judge.scores import Predicted, Score, pair_score, paired, score_all, spearman
 from tersor.models.compare import mean_by_unit
 from tersor.models.model import Batch, Model, size_of
 from tersor.models.ondemand import is_on_demand
@@ -104,10 +104,11 @@ def judge(
 
 def compared(
     original: Model, new: Model, batches: Sequence[Batch], progress: Progress = lambda *_: None
-) -> tuple[list[Tensor], list[Tensor], np.ndarray]:
-    """The outputs of both models for every batch, on the CPU, and the divergence of every sample (samples,).
+) -> tuple[list[Predicted], list[Predicted], np.ndarray]:
+    """What both models predict for every batch, and the divergence of every sample (samples,).
 
-    Raises TersorError where the new model gives NaN or infinity.
+    Memory holds the outputs for one batch: those for all would be larger than most models. Raises TersorError where the
+    new model gives NaN or infinity.
     """
     before, after, values = [], [], []
     with torch.no_grad(), decoded(new.module):
@@ -117,8 +118,8 @@ def compared(
             found = mean_by_unit(original.divergence.compare(a, b).double(), original.units(batch))
             if not np.isfinite(found).all():
                 raise TersorError(f"{new.identity.source} gives NaN or infinity for batch {number + 1} of the data.")
-            before.append(a)
-            after.append(b)
+            before.append(Predicted.of(original, batch, a))
+            after.append(Predicted.of(new, batch, b))
             values.append(found)
     return before, after, np.concatenate(values)
 

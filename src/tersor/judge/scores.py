@@ -31,60 +31,58 @@ class Score:
     difference: Estimate | None
 
 
-@dataclass
-class Outputs:
-    """What the scores need of one model on the held-out batches, per prediction."""
+@dataclass(frozen=True)
+class Predicted:
+    """What the scores need of the outputs of a model for one batch: a value (predictions,) of each.
 
-    top: list[Tensor]
-    nll: list[Tensor]
-    value: list[Tensor]
+    The most likely class, the raw score, and, where labels are known, the negative log-likelihood of the label.
+    """
+
+    top: Tensor
+    value: Tensor
+    nll: Tensor | None
+
+    @classmethod
+    def of(cls, model: Model, batch: Batch, output: Tensor) -> Predicted:
+        top = output.argmax(-1) if output.dim() > 1 else output
+        value = output.reshape(len(output), -1)[:, -1].clone()  # not a view that keeps the rest
+        labels = model.labels(batch) if model.divergence.name == "kl" else None
+        if labels is None:
+            return cls(top, value, None)
+        labels = labels.cpu()
+        logs = output.float().log_softmax(-1)
+        picked = logs.gather(-1, labels.clamp_min(0)[..., None].long())[..., 0]
+        return cls(top, value, torch.where(labels != IGNORED, -picked, torch.nan))
 
 
-def gather(model: Model, batches: Sequence[Batch], outputs: Sequence[Tensor]) -> Outputs:
-    """The most likely class, the negative log-likelihood of the label and the raw score of every prediction."""
-    found = Outputs([], [], [])
-    for batch, output in zip(batches, outputs, strict=True):
-        labels = model.labels(batch)
-        found.top.append(output.argmax(-1) if output.dim() > 1 else output)
-        found.value.append(output.reshape(len(output), -1)[:, -1])
-        if labels is not None and model.divergence.name == "kl":
-            labels = labels.cpu()
-            known = labels != IGNORED
-            logs = output.float().log_softmax(-1)
-            picked = logs.gather(-1, labels.clamp_min(0)[..., None].long())[..., 0]
-            found.nll.append(torch.where(known, -picked, torch.nan))
-    return found
-
-
-def score_all(model: Model, batches: Sequence[Batch], original: Sequence[Tensor], new: Sequence[Tensor]) -> list[Score]:
+def score_all(
+    model: Model, batches: Sequence[Batch], before: Sequence[Predicted], after: Sequence[Predicted]
+) -> list[Score]:
     """All scores that the model's divergence and the labels allow."""
     kind = model.divergence.name
     if kind not in ("kl", "bce"):
         return []
     units = [model.units(batch) for batch in batches]
-    before, after = gather(model, batches, original), gather(model, batches, new)
     scores = []
     if kind == "kl":
-        agreement = _units([(a == b).double() for a, b in zip(before.top, after.top, strict=True)], units)
+        agreement = _units([(a.top == b.top).double() for a, b in zip(before, after, strict=True)], units)
         scores.append(Score("agreement of top-1", None, _mean(agreement), None))
     labels = [model.labels(batch) for batch in batches]
     if any(label is None for label in labels):
         return scores
     if kind == "bce":
         truth = torch.cat([label.cpu().reshape(-1) for label in labels if label is not None]).numpy()
-        a, b = torch.cat(before.value).numpy(), torch.cat(after.value).numpy()
+        a, b = (torch.cat([p.value for p in found]).numpy() for found in (before, after))
         return [*scores, paired("AUC", len(truth), lambda i: auc(a[i], truth[i]), lambda i: auc(b[i], truth[i]))]
     is_tokens = any(len(unit) > int(unit.max()) + 1 for unit in units)
-    nll = [_units(o.nll, units) for o in (before, after)]
     if is_tokens:
-        a, b = nll
+        a, b = (_units([p.nll for p in found if p.nll is not None], units) for found in (before, after))
         scores.append(paired("perplexity", len(a), lambda i: _perplexity(a[i]), lambda i: _perplexity(b[i])))
         return scores
-    right = [
-        _units([(t == y.cpu()).double() for t, y in zip(o.top, labels, strict=True) if y is not None], units)
-        for o in (before, after)
-    ]
-    a, b = right
+    a, b = (
+        _units([(p.top == y.cpu()).double() for p, y in zip(found, labels, strict=True) if y is not None], units)
+        for found in (before, after)
+    )
     scores.append(paired("accuracy", len(a), lambda i: float(a[i].mean()), lambda i: float(b[i].mean())))
     return scores
 

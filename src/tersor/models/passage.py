@@ -8,10 +8,11 @@ finished wrote is written again, so a passage whose process was killed goes on a
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec
 
 from tersor.foreign import check, read_json, understood
 from tersor.models.files import read_tensors, write_safetensors, write_text
+from tersor.models.model import Batch, Model, size_of
 from tersor.models.ondemand import held
-from tersor.models.prefix import Enough, spans_of, stubbed
+from tersor.models.prefix import CLOSE, Enough, spans_of, stubbed
 
 Run = Callable[[int], Tensor]
 
@@ -165,6 +167,48 @@ class Passage:
         for name in self._blocks[:number]:
             last[name.rpartition(".")[0]] = name
         return list(last.values())
+
+
+@contextmanager
+def by_stretches(
+    model: Model, batches: Sequence[Batch], folder: Path, progress: Callable[[int, int], Any] = lambda *_: None
+) -> Iterator[Model]:
+    """Inside, the model it yields gives its outputs for these batches by the last stretch alone; others as ever.
+
+    All batches have gone through the other stretches by then, so that every weight but the last is read once for all of
+    them. Files lie in `folder`, which is removed. Where the stretches do not make the outputs of the model, it stays as
+    it is.
+    """
+    number_of = {id(batch): number for number, batch in enumerate(batches)}
+    smallest = min(range(len(batches)), key=lambda number: size_of(batches[number]))
+    norms: list[float] = []
+
+    def run(number: int) -> Tensor:
+        output = model.outputs(batches[number])
+        norms.append(float(output.norm()))
+        return output
+
+    passage = Passage(model.module, run, len(batches), smallest, folder)
+    last, changed = passage.stretches - 1, copy.copy(model)
+
+    def outputs(batch: Batch) -> Tensor:
+        number = number_of.get(id(batch))
+        return model.outputs(batch) if number is None else passage.forward(last, number)
+
+    try:
+        with torch.no_grad():
+            for stretch in range(last):
+                progress(stretch, last)
+                with passage.holding(stretch):
+                    for number in range(len(batches)):
+                        passage.forward(stretch, number)
+                passage.forget(stretch)
+            passage.forward(last, smallest)
+        if abs(norms[-1] - norms[0]) <= CLOSE * norms[0]:  # not where it is NaN
+            changed.outputs = outputs  # type: ignore[method-assign]
+        yield changed
+    finally:
+        passage.close()
 
 
 class Spool:
