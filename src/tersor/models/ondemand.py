@@ -181,7 +181,7 @@ def take_from_file(module: nn.Module, checkpoint: Checkpoint, source: Path, devi
                 key = _key_of([full], tuple(buffer.shape), checkpoint, source, prefix)
                 buffer = read_tensor(checkpoint.entries[key][0], key).to(buffer.dtype)
             owner._buffers[name] = buffer.to(home)
-    for owner, whole in _units(module):
+    for owner, whole in units_of(module):
         owner.__dict__["forward"] = _Held(owner, whole)
 
 
@@ -199,8 +199,8 @@ def _key_of(names: list[str], shape: tuple[int, ...], checkpoint: Checkpoint, so
     )
 
 
-def _units(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """The modules that are given their weights as they run: whole blocks of chains, the others each with its own.
+def units_of(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """The modules that are given their weights as they run: whole blocks of chains (True), the others each its own.
 
     A module that takes tensors out of one that is never called, such as an operator, has those of all inside it.
     """
@@ -214,7 +214,7 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
         if isinstance(module, nn.ModuleList | nn.Sequential):
             yield child, True
         else:
-            yield from _units(child)
+            yield from units_of(child)
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec
 from tersor.foreign import check, read_json, understood
 from tersor.models.files import read_tensors, write_safetensors, write_text
 from tersor.models.model import Batch, Model, size_of
-from tersor.models.ondemand import held
+from tersor.models.ondemand import held, is_on_demand, units_of
 from tersor.models.prefix import CLOSE, Enough, spans_of, stubbed
 
 Run = Callable[[int], Tensor]
@@ -45,6 +45,10 @@ class Passage:
             spans = spans_of(module, lambda: run(smallest))
         self._blocks = _in_turn(module, spans)
         self.stretches = len(self._blocks) + 1
+        names = {id(child): name for name, child in module.named_modules()}
+        units = [(names[id(unit)], whole) for unit, whole in units_of(module)] if is_on_demand(module) else []
+        self._around = [(n, whole, spans.get(n, (0, 0))[0]) for n, whole in units if n not in self._blocks]
+        self._ends = [*(spans[block][1] for block in self._blocks), spans[""][1]]
 
     def close(self) -> None:
         """Remove all files."""
@@ -57,11 +61,13 @@ class Passage:
 
     @contextmanager
     def holding(self, number: int) -> Iterator[None]:
-        """Inside, the weights of the block that ends stretch `number` stay in memory."""
-        if number == len(self._blocks):
-            yield
-            return
-        with held(self._module.get_submodule(self._blocks[number])):
+        """Inside, the weights of the block that ends stretch `number`, and of what runs around blocks, stay in memory."""
+        with ExitStack() as stack:
+            for name in self._blocks[number : number + 1]:
+                stack.enter_context(held(self._module.get_submodule(name)))
+            for name, whole, begun in self._around:
+                if begun < self._ends[number]:
+                    stack.enter_context(held(self._module.get_submodule(name), whole))
             yield
 
     def forward(self, number: int, batch: int, begun: Callable[[], Any] = lambda: None) -> Any:
@@ -203,10 +209,12 @@ def by_stretches(
                     for number in range(len(batches)):
                         passage.forward(stretch, number)
                 passage.forget(stretch)
-            passage.forward(last, smallest)
-        if abs(norms[-1] - norms[0]) <= CLOSE * norms[0]:  # not where it is NaN
-            changed.outputs = outputs  # type: ignore[method-assign]
-        yield changed
+        with passage.holding(last):
+            with torch.no_grad():
+                passage.forward(last, smallest)
+            if abs(norms[-1] - norms[0]) <= CLOSE * norms[0]:  # not where it is NaN
+                changed.outputs = outputs  # type: ignore[method-assign]
+            yield changed
     finally:
         passage.close()
 

@@ -21,6 +21,7 @@ FITTING, BY_ROWS = 32, 4  # times a weight in 32 bits, while it is fitted: at on
 MOMENTS = 9  # times its moments, with their factors in 64 bits
 STRIPPED = ("int", "portable")  # forms that are fitted by rows where these do not feel one another
 LOGITS = 6  # times the outputs of a model, while they are compared or probed
+MODELS = 2  # that are judged together: what lies around their blocks stays in memory
 ACTIVATIONS = 2  # times what goes through the weights of a block; gradients as much again
 
 
@@ -64,6 +65,7 @@ class Memory:
         """The most samples of so many tokens in a batch, of those asked for, beside the weights of a block."""
         block = max(sum(s.shape[0] + s.shape[1] for s in part) for part in _blocks(sites))
         weights = max(sum(4 * s.parameters for s in part) for part in _blocks(sites))
+        weights += MODELS * sum(4 * s.parameters for s in sites if not _is_in_block(s))
         summaries = max(sum(_moments(s) for s in part) for part in _blocks(sites)) * (3 if gradients else 1)
         widest = max(s.shape[0] for s in sites)
         token = 4 * (ACTIVATIONS * (2 if gradients else 1) * block + LOGITS * widest)
@@ -85,6 +87,10 @@ def _moments(site: Site) -> int:
 def _given(site: Site) -> int:
     """Bytes of a weight with its metric."""
     return 4 * site.parameters + _moments(site)
+
+
+def _is_in_block(site: Site) -> bool:
+    return any(part.isdigit() for part in site.name.split("."))
 
 
 def _blocks(sites: Sequence[Site]) -> list[list[Site]]:
