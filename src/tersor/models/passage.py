@@ -61,7 +61,7 @@ class Passage:
 
     @contextmanager
     def holding(self, number: int) -> Iterator[None]:
-        """Inside, the weights of the block that ends stretch `number`, and of what runs around blocks, stay in memory."""
+        """Inside, weights of the block that ends stretch `number`, and of what runs around blocks, stay in memory."""
         with ExitStack() as stack:
             for name in self._blocks[number : number + 1]:
                 stack.enter_context(held(self._module.get_submodule(name)))
