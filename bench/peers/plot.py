@@ -16,6 +16,7 @@ STYLES = {
     "nncf": ("#999933", "<"),
     "quanto": ("#b8860b", ">"),
     "torchao": ("#6a5acd", "*"),
+    "tensorly-torch": ("#d55e00", "P"),
     "low rank, best recipe": ("#aaaaaa", "."),
 }
 
