@@ -61,9 +61,9 @@ def test_a_plan_of_the_touched_sites_leaves_all_others_and_keeps_to_the_bytes(
 ) -> None:
     opened = tersor.study(conv_net(), images(), tmp_path / "run", **quick)
     touched = {opened.sites[-1].parameter_name}
-    whole = plan_at(opened, opened.stored_bytes, "at rest", None)
+    whole = plan_at(opened.planner(), opened.stored_bytes, None)
     stored = opened.stored_bytes - opened.sites[-1].nbytes * 3 // 4
-    plan = plan_at(opened, stored, "at rest", touched)
+    plan = plan_at(opened.planner(), stored, touched)
     assert plan.stored <= stored
     assert [c.form == tersor.steps.UNTOUCHED for c in plan.choices] == [True] * (len(opened.sites) - 1) + [False]
     assert whole.divergence <= plan.divergence
