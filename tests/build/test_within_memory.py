@@ -119,6 +119,17 @@ def test_less_memory_means_fewer_processes_and_smaller_batches(tmp_path: Path) -
     assert found == sorted(found) and 1 <= found[0] < found[-1] == 64
 
 
+def test_gains_are_those_of_a_model_in_memory(tmp_path: Path, quick: dict[str, Any]) -> None:
+    draw_model("llama-tied", layers=2).save_pretrained(tmp_path / "model")
+    found = []
+    for memory in (None, "4GB"):
+        run = tmp_path / f"run-{memory}"
+        opened = study(tmp_path / "model", token_batches(count=5), run, memory=memory, **{**quick, "gains": True})
+        found.append([opened.run.get(f"gain/{site.name}") for site in opened.sites])
+        assert not (run / "outputs").exists() and not (run / "spool").exists()
+    assert found[0] == found[1] and all(found[0])
+
+
 def test_judging_takes_no_larger_batches_than_the_memory_allows(tmp_path: Path, quick: dict[str, Any]) -> None:
     draw_model("llama-tied", layers=2).save_pretrained(tmp_path / "model")
     opened = open_study(tmp_path / "model", tmp_path / "run", memory="600MB")

@@ -5,13 +5,16 @@ Values are means over independent samples (windows, texts, images), so that inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tersor.models.files import read_tensors, write_safetensors
 from tersor.models.model import Batch, Model
 from tersor.models.ondemand import replaced
 from tersor.models.prefix import Prefix
@@ -19,13 +22,17 @@ from tersor.models.sites import Site
 
 
 class Reference:
-    """The outputs of a model on some batches as they were when this was made, in float32 on the CPU."""
+    """The outputs of a model on some batches as they were when this was made, in float32 on the CPU.
 
-    def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
+    With a `folder` they lie in files of it, and memory holds those of one batch.
+    """
+
+    def __init__(self, model: Model, batches: Sequence[Batch], folder: Path | None = None) -> None:
         self.model, self.batches = model, batches
         self._prefix = Prefix(model.module, self._output, len(batches))
         self._select: Callable[[int], None] = lambda _: None
-        self.outputs = [output.cpu() for output in self._run()]
+        outputs = (output.cpu() for output in self._run())
+        self.outputs: Sequence[Tensor] = list(outputs) if folder is None else _InFiles(folder, outputs)
         self.units = [model.units(batch) for batch in batches]
 
     def _output(self, number: int) -> Tensor:
@@ -57,6 +64,22 @@ class Reference:
 
     def divergence(self) -> float:
         return float(self.divergences().mean())
+
+
+class _InFiles(Sequence[Tensor]):
+    """Tensors in files of a folder, each read when it is asked for."""
+
+    def __init__(self, folder: Path, tensors: Iterable[Tensor]) -> None:
+        self._paths: list[Path] = []
+        for number, tensor in enumerate(tensors):
+            self._paths.append(folder / f"{number}.safetensors")
+            write_safetensors(self._paths[-1], {"output": tensor})
+
+    def __getitem__(self, number: Any) -> Any:
+        return read_tensors(self._paths[number])["output"]
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def mean_by_unit(values: Tensor, units: Tensor) -> np.ndarray:

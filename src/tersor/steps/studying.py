@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -139,8 +140,11 @@ def _settle(opened: Study, metric: str, progress: Progress) -> None:
 
 def _probe(opened: Study, check: list[Batch], forms: Sequence[str], workers: int | None, progress: Progress) -> None:
     """Measure the gain of every form at every site, and a few whole plans."""
-    with clocked(opened.run, "probe"):
-        reference = Reference(opened.model, check)
+    with clocked(opened.run, "probe"), ExitStack() as stack:
+        folder = None if opened.memory is None else opened.run.folder / "outputs"
+        if folder is not None:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        reference = Reference(opened.model, check, folder)
         progress("probe", "gains of all sites", 0, len(opened.sites))
         gained = probe_gains(opened.run, opened.model, opened.sites, reference, forms, workers)
         for number, name in enumerate(gained, 1):
