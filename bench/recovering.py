@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from models import Reference
 from tersor.models import Model
 from tersor.recover import means_of, shift_biases
-from tersor.steps.compressing import RECOVERED
+from tersor.steps.compressing import RECOVERED, one_batch
 
 
 class Recovery:
@@ -20,8 +20,7 @@ class Recovery:
     def __init__(self, known: Reference, model: Model) -> None:
         self._model = model
         seen, data = (known.samples, known.calibration) if known.check is None else (known.samples // 2, known.check)
-        count = min(seen, RECOVERED)
-        (self._batch,) = model.batches(data, count, known.sequence_length, count, 0)
+        self._batch = one_batch(model, data, known.sequence_length, 0, min(seen, RECOVERED))
         self._masks = model.masks(self._batch)
         self._expected = means_of(model.module, self._run, self._masks)
 

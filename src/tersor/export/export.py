@@ -27,7 +27,7 @@ from tersor.foreign import understood
 from tersor.forms.integers import IntOperator
 from tersor.models.config import quiet_transformers, read_config
 from tersor.models.files import WEIGHTS, copy_beside, open_checkpoint, staged, weights_of, write_text, write_weights
-from tersor.plan.budget import parse_size
+from tersor.plan.budget import parse_shard_size
 
 FORMATS: dict[str, ModuleType] = {"compressed-tensors": compressed, "gptq": gptq}
 TARGETS = ("dense", *FORMATS)
@@ -73,7 +73,7 @@ def export(
     if rest not in (None, "dense"):
         raise TersorError(f"What a format cannot hold can be stored dense, not {rest!r}.")
     _check_target(folder, to)
-    most = None if shard_size is None else parse_size(shard_size, "shard size")
+    most = parse_shard_size(shard_size)
     record = read_record(out)
     is_hf = record["model"]["kind"] == "huggingface"
     if to != "dense" and not is_hf:

@@ -108,11 +108,10 @@ class SparseOperator(Operator):
         index, order = index.sort(1)
         values, setting = values.gather(1, order), self.setting
         if self.masked:
-            mask = torch.zeros(len(index), setting.atoms, dtype=torch.uint8).scatter_(1, index, 1)
-            self.places = pack(mask, 1)
+            bits = torch.zeros(len(index), setting.atoms, dtype=torch.uint8).scatter_(1, index, 1)
         else:
-            bits = (index[..., None] >> torch.arange(self.index_bits)) & 1
-            self.places = pack(bits.flatten(1), 1)
+            bits = ((index[..., None] >> torch.arange(self.index_bits)) & 1).flatten(1)
+        self.places = pack(bits, 1)
         if setting.value_bits == 16:
             self.values = bits_of(values)
             return
@@ -210,8 +209,7 @@ class DictionaryForm:
         candidates = []
         for setting in ladder:
             error = weight.float() - self._best(weight, metric, setting, sample and (None, sample[1])).dense()
-            cost = cost_of(self, shape, setting)
-            candidates.append(Candidate(self.name, setting, cost, metric.distance(error)))
+            candidates.append(Candidate(self.name, setting, cost_of(self, shape, setting), metric.distance(error)))
         return candidates
 
     def fit(self, weight: Tensor, metric: Metric, setting: DictionarySetting) -> Operator:
@@ -263,19 +261,20 @@ def _stored(
     sparse = SparseOperator(len(problem.signals), setting)
     sparse.set(code.index, code.values / balance)
     rounded = sparse.signals() * balance
-    atoms = refitted_atoms(problem, atoms, Code(code.index, rounded.gather(1, code.index)))
+    code = Code(code.index, rounded.gather(1, code.index))
+    atoms = refitted_atoms(problem, atoms, code)
     gram = Side(rounded.double().T @ problem.coupling.apply(rounded.double())).damped(1e-6)
     by_columns = setting.side == "columns"
-    free = along.unwhiten(atoms.T).float() * (unit * balance)  # (n, atoms)
+    free = (along.unwhiten(atoms.T) * (unit * balance)).float()  # (n, atoms)
     free, sides = (free.T.contiguous(), (gram, along)) if by_columns else (free, (along, gram))
-    stored: Operator = HalfOperator.of(free)
-    if setting.atom_bits is not None:
+    if setting.atom_bits is None:
+        stored: Operator = HalfOperator.of(free)
+    else:
         stored = IntForm().fit(free, Metric("kronecker", *sides), setting.of_atoms())
-    made = stored.dense() if by_columns else stored.dense().T
-    atoms = (along.whiten(made.T).T / (unit * balance)).float().contiguous()
+    made = stored.dense().T if by_columns else stored.dense()  # as `free` was first
+    atoms = (along.whiten(made).T / (unit * balance)).float().contiguous()
     again = SparseOperator(len(problem.signals), setting)
-    refitted = refitted_values(problem, atoms, Code(code.index, rounded.gather(1, code.index)))
-    again.set(code.index, refitted.values / balance)
+    again.set(code.index, refitted_values(problem, atoms, code).values / balance)
     left = [problem.distance(problem.signals - s.signals() * balance @ atoms) for s in (sparse, again)]
     return _product(stored, sparse if left[0] <= left[1] else again, setting)
 

@@ -6,7 +6,6 @@ What is measured is written beside the artifact and, where a run is given, into 
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,7 @@ from tersor.judge.intervals import Estimate, mean_estimate
 from tersor.judge.judge import Judgement, judge
 from tersor.models import Model, walk
 from tersor.models.compare import Reference, substituted
-from tersor.models.files import open_checkpoint
+from tersor.models.files import open_checkpoint, temporary_of
 from tersor.models.ondemand import is_on_demand
 from tersor.models.passage import by_stretches
 from tersor.plan import UNTOUCHED, Plan
@@ -64,7 +63,7 @@ def judge_artifact(
     untouched = sum(2 * s.shape[0] * s.shape[1] for s in known if s.name not in chosen)
     with ExitStack() as stack:
         if is_on_demand(original.module):
-            spool = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+            spool = temporary_of(out.resolve())
             stack.callback(shutil.rmtree, spool, ignore_errors=True)
             original, new = (
                 stack.enter_context(by_stretches(model, batches, spool / what, partial(progress, "judge", what)))

@@ -252,7 +252,7 @@ def write_text(path: Path, text: str) -> None:
 
 def written(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` on a temporary path beside `path` and rename; a failure leaves nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -263,6 +263,11 @@ def written(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where this process writes what is to become `path`, beside it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """A temporary folder beside `folder`, whose files move there when all of them are whole, `last` at the end.
@@ -271,7 +276,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
     disk is raised as a TersorError.
     """
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(folder)
     try:
         _remove_abandoned(folder)
         temporary.mkdir(parents=True)

@@ -33,16 +33,17 @@ Run = Callable[[int], Tensor]
 
 
 class Passage:
-    """The stretches of a module that `run(number)` puts through batch `number` of `count`; `smallest` is one of them.
+    """The stretches of a module that `run(number)` puts through the batch of that number.
 
     Files lie in `folder`. Those that a passage of the same `key`, which did not come to its end, left there are used.
     """
 
-    def __init__(self, module: nn.Module, run: Run, count: int, smallest: int, folder: Path, key: str = "") -> None:
-        self._module, self._run, self.count = module, run, count
+    def __init__(self, module: nn.Module, run: Run, batches: Sequence[Batch], folder: Path, key: str = "") -> None:
+        self._module, self._run, self.count = module, run, len(batches)
+        self.smallest = min(range(self.count), key=lambda number: size_of(batches[number]))
         self.spool = Spool(folder, key)
         with torch.no_grad():
-            spans = spans_of(module, lambda: run(smallest))
+            spans = spans_of(module, lambda: run(self.smallest))
         self._blocks = _in_turn(module, spans)
         self.stretches = len(self._blocks) + 1
         names = {id(child): name for name, child in module.named_modules()}
@@ -79,6 +80,12 @@ class Passage:
         if number < len(self._blocks):
             self.spool.put(f"out|{self._blocks[number]}", batch, output)
         return output
+
+    def advance(self, number: int) -> None:
+        """Put all batches through stretch `number`."""
+        with torch.no_grad(), self.holding(number):
+            for batch in range(self.count):
+                self.forward(number, batch)
 
     def backward(self, number: int, batch: int, begun: Callable[[], Any], loss: Callable[[Tensor], Tensor]) -> None:
         """Take the gradients of a loss of the output back through stretch `number`, from the last stretch to the first.
@@ -186,7 +193,6 @@ def by_stretches(
     it is.
     """
     number_of = {id(batch): number for number, batch in enumerate(batches)}
-    smallest = min(range(len(batches)), key=lambda number: size_of(batches[number]))
     norms: list[float] = []
 
     def run(number: int) -> Tensor:
@@ -194,7 +200,7 @@ def by_stretches(
         norms.append(float(output.norm()))
         return output
 
-    passage = Passage(model.module, run, len(batches), smallest, folder)
+    passage = Passage(model.module, run, batches, folder)
     last, changed = passage.stretches - 1, copy.copy(model)
 
     def outputs(batch: Batch) -> Tensor:
@@ -202,16 +208,13 @@ def by_stretches(
         return model.outputs(batch) if number is None else passage.forward(last, number)
 
     try:
-        with torch.no_grad():
-            for stretch in range(last):
-                progress(stretch, last)
-                with passage.holding(stretch):
-                    for number in range(len(batches)):
-                        passage.forward(stretch, number)
-                passage.forget(stretch)
+        for stretch in range(last):
+            progress(stretch, last)
+            passage.advance(stretch)
+            passage.forget(stretch)
         with passage.holding(last):
             with torch.no_grad():
-                passage.forward(last, smallest)
+                passage.forward(last, passage.smallest)
             if abs(norms[-1] - norms[0]) <= CLOSE * norms[0]:  # not where it is NaN
                 changed.outputs = outputs  # type: ignore[method-assign]
             yield changed
@@ -254,7 +257,7 @@ class Spool:
         kept = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
             metadata = {"tree": treespec_dumps(spec), "leaves": json.dumps(kept)}
-        except (NotImplementedError, TypeError, ValueError):
+        except (NotImplementedError, TypeError, ValueError):  # by PyTorch or JSON: a tree that text cannot tell
             metadata, self._lasts = {}, False
             self._done.unlink(missing_ok=True)
         write_safetensors(self._file(name, batch), tensors, metadata)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.models.divergence import Divergence
-from tersor.models.model import Batch, Model, size_of
+from tersor.models.model import Batch, Model
 from tersor.models.passage import Passage
 from tersor.models.sites import Site
 from tersor.observe.collect import Collector, frozen, outputs_of, refuse_not_finite
@@ -48,10 +48,9 @@ def collect_by_block(
     gradients go around them.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    smallest = min(range(len(batches)), key=lambda number: size_of(batches[number]))
     progress(0, 1)
     with frozen(model.module):
-        passage = Passage(model.module, partial(_outputs, model, batches), len(batches), smallest, folder, key)
+        passage = Passage(model.module, partial(_outputs, model, batches), batches, folder, key)
         try:
             if passage.stretches == 1:
                 source = model.identity.source
@@ -92,9 +91,7 @@ class _Observed:
             for number in numbers[:-1]:
                 self.progress(number, steps)
                 if not spool.is_done(f"forwards {number}"):
-                    with self.passage.holding(number):
-                        for batch in range(len(self.batches)):
-                            self._forwards(number, batch, lambda: None)
+                    self.passage.advance(number)
                     spool.mark(f"forwards {number}")
             numbers, visit, forget = numbers[::-1], self._backwards, self.passage.forget_gradients
         for done, number in enumerate(numbers, steps - len(numbers)):

@@ -1,6 +1,6 @@
 """Budgets, the solver, plans."""
 
-from tersor.plan.budget import Limits, parse_bytes, parse_limits, parse_size
+from tersor.plan.budget import Limits, parse_bytes, parse_limits, parse_shard_size
 from tersor.plan.latency import Latencies
 from tersor.plan.plan import PLAN, UNTOUCHED, Choice, Interaction, Plan, Planner, fixed_bytes
 from tersor.plan.solve import Option, Solution, front, hull, solve
@@ -21,6 +21,6 @@ __all__ = [
     "hull",
     "parse_bytes",
     "parse_limits",
-    "parse_size",
+    "parse_shard_size",
     "solve",
 ]

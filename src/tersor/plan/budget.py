@@ -125,6 +125,11 @@ def parse_size(text: str, what: str) -> int:
     raise TersorError(f"The {what} {text!r} is no number of bytes; write it as 6GB or 500MB.")
 
 
+def parse_shard_size(text: str | None) -> int | None:
+    """The most bytes of a weights file, of a size such as `2GB`; None where none is given."""
+    return None if text is None else parse_size(text, "shard size")
+
+
 def _flops(text: str, whole: int) -> int:
     if text.strip().endswith("%"):
         return int(whole * _number(text.strip()[:-1], text) / 100)

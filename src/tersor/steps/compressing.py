@@ -19,7 +19,7 @@ from tersor.forms import USUAL
 from tersor.judge.artifact import judge_artifact
 from tersor.judge.judge import Judgement
 from tersor.models import Batch, Model
-from tersor.plan import UNTOUCHED, Limits, Plan, parse_limits, parse_size
+from tersor.plan import UNTOUCHED, Limits, Plan, parse_limits, parse_shard_size
 from tersor.steps.opening import Progress, Study, plan_name, silent
 from tersor.steps.studying import clocked, study
 
@@ -64,7 +64,7 @@ def build_plan(
             calibration=calibration,
             recover=recover,
             workers=workers,
-            shard_bytes=None if shard_size is None else parse_size(shard_size, "shard size"),
+            shard_bytes=parse_shard_size(shard_size),
             progress=lambda what, done, total: progress("build", what, done, total),
         )
         opened.run.put_plan(
@@ -124,8 +124,7 @@ def compress(
     # What cannot be read is refused before the work.
     asked_for = parse_limits(budget, whole_bytes=1, whole_flops=1, whole_latency=1.0, **asked)
     timed = asked_for.latency is not None
-    if shard_size is not None:
-        parse_size(shard_size, "shard size")
+    parse_shard_size(shard_size)
     if activations is not None:
         Activations.of(activations)
     if options.get("memory") is not None and (sequential or activations is not None or recover):
@@ -190,9 +189,9 @@ def compress(
     return Result(built.plan, built.weights_bytes, judgement, opened)
 
 
-def one_batch(model: Model, data: Data, sequence_length: int, seed: int) -> Batch:
-    """A batch of `RECOVERED` samples to recover on; of the user's batches the first."""
-    return next(iter(model.batches(data, RECOVERED, sequence_length, RECOVERED, seed)))
+def one_batch(model: Model, data: Data, sequence_length: int, seed: int, samples: int = RECOVERED) -> Batch:
+    """A batch of so many samples to recover on; of the user's batches the first."""
+    return next(iter(model.batches(data, samples, sequence_length, samples, seed)))
 
 
 def _shape(options: dict[str, Any]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from tersor.errors import TersorError
 from tersor.foreign import check
 from tersor.forms import form_named
 from tersor.models import Divergence, Model, Site, Walk, open_model, walk
-from tersor.plan import PLAN, Latencies, Limits, Plan, Planner, parse_limits, parse_size
+from tersor.plan import PLAN, Latencies, Limits, Plan, Planner, parse_limits, parse_shard_size
 from tersor.run import Run
 from tersor.run.facts import LASTING
 from tersor.steps.memory import Memory
@@ -115,9 +115,10 @@ def limits_of(
         **limits,
     )
     kept = 0 if activations is None else layout.rounding_bytes(Activations.of(activations))
-    if shard_size is not None:
+    most = parse_shard_size(shard_size)
+    if most is not None:
         size = max((v for v in (found.stored, found.resident) if v is not None), default=0)
-        kept += layout.shards_bytes(size, parse_size(shard_size, "shard size"))
+        kept += layout.shards_bytes(size, most)
     left = {k: v - kept for k in ("stored", "resident") if (v := getattr(found, k)) is not None}
     return replace(found, **left)
 
