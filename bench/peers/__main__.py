@@ -90,19 +90,20 @@ def measured(name: str, tools: tuple[str, ...], samples: int | None, again: bool
     rows = list(peers_of(subject, tools, again))
     ours, job = ours_of(subject, rows, subject.scratch / f"run-{digest}-{subject.fingerprint}")
     print(f"  Tersor: study {job['study']['seconds']:.0f} s, build {job['build']['seconds']:.0f} s", flush=True)
+    for row in sorted((row for row in rows if "failed" not in row), key=lambda row: row["bytes"]):
+        others = divergences_of(subject, row)
+        names = row.pop("touched")
+        row |= {"parameters": len(names), "whole": ours.beside(row["bytes"], None, others)}
+        row["touched"] = ours.beside(row["bytes"], names, others)
+        print(beside(row), flush=True)
     for row in rows:
-        if "failed" not in row:
-            others = divergences_of(subject, row)
-            names = row.pop("touched")
-            row |= {"parameters": len(names), "whole": ours.beside(row["bytes"], None, others)}
-            row["touched"] = ours.beside(row["bytes"], names, others)
-            print(beside(row), flush=True)
         row.pop("folder", None)
     sizes = [size for bits in NOMINAL if (size := _nearest(rows, subject.file_bytes, bits)) is not None]
     low_rank = []
     for row in lowrank.rows_at(ours.opened, subject.judge, sizes, ours.folder):
         if "failed" not in row:
-            row["whole"] = {menu: ours.measured(row["bytes"], menu, None)[0] for menu in ("at rest", "resident")}
+            size = ours.standing_for(row["bytes"], None)
+            row["whole"] = {menu: ours.measured(size, menu, None)[0] for menu in ("at rest", "resident")}
         print(shown(row, subject.file_bytes), flush=True)
         low_rank.append(row)
     return {

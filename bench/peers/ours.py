@@ -2,7 +2,7 @@
 
 Each comes twice: at rest, from all forms, and resident, from the forms that need no decoding when they are loaded.
 Where a model has biases, they are shifted at the end. One study serves them all; fits are kept in its run folder,
-figures in the scratch folder.
+figures in the scratch folder. A plan measured before stands for peers of hardly more bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from tersor.steps import Study
 DRAWN = (*USUAL, "trellis")
 RESIDENT = tuple(name for name in DRAWN if name != "coded")
 MENUS = {"at rest": None, "resident": RESIDENT}
+NEAR = 0.03  # of the bytes that may change: by so many fewer at most a plan may stand for a peer
 
 
 def source_digest() -> str:
@@ -69,14 +70,29 @@ class Ours:
     subject: Subject
     opened: Study
     folder: Path
+    sizes: dict[frozenset[str] | None, list[int]] = field(default_factory=dict)  # measured, by what may change
 
     def beside(self, stored: int, touched: Collection[str] | None, others: np.ndarray) -> dict[str, Any]:
-        """Tersor's plans at `stored` bytes, with their ratios to the divergences (samples,) of the peer."""
+        """Tersor's plans at `stored` bytes, with their ratios to the divergences (samples,) of the peer.
+
+        Peers are to come by size, the smallest first, for plans of the smaller ones may stand for the larger.
+        """
         cells: dict[str, Any] = {"limit": limit_at(self.opened, stored, touched)}
+        size = self.standing_for(stored, touched)
         for menu in MENUS:
-            row, values = self.measured(stored, menu, touched)
+            row, values = self.measured(size, menu, touched)
             cells[menu] = row if values is None else {**row, "ratio": ratio_of(values, others)}
         return cells
+
+    def standing_for(self, stored: int, touched: Collection[str] | None) -> int:
+        """A size that was asked for before and is at most a little smaller, else this one."""
+        changing = None if touched is None else frozenset(touched)
+        fixed = 0 if touched is None else self.subject.file_bytes - self.subject.bytes_of(list(touched))
+        known = self.sizes.setdefault(changing, [])
+        near = [size for size in known if size <= stored and stored - fixed <= (1 + NEAR) * (size - fixed)]
+        if not near:
+            known.append(stored)
+        return max(near, default=stored)
 
     def measured(
         self, stored: int, menu: str, touched: Collection[str] | None
