@@ -1,15 +1,12 @@
 """Drawing curves: for every site and form, the candidates with their exact costs and predicted divergences.
 
-What is drawn is stored in the run at once, form by form, so an interrupted study goes on where it stopped. At the end
-one probe a form is measured at every site, and its ratio to its prediction is the gain there.
+What is drawn is stored in the run at once, form by form, so an interrupted study goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
 from tersor.curves.scouts import scouts_of, worth_drawing
-from tersor.engine import map_units, threads
+from tersor.engine import map_units
 from tersor.forms import (
     FORMS,
     Candidate,
@@ -35,7 +32,6 @@ from tersor.forms import (
     stacked,
 )
 from tersor.metrics import Metric, Side
-from tersor.models.compare import Reference, substituted
 from tersor.models.model import Model
 from tersor.models.sites import Site
 from tersor.observe import load_metrics
@@ -51,7 +47,7 @@ Ladders = Mapping[str, Sequence[Mapping[str, Any]]]  # by the name of a form, se
 def site_metrics(run: Run, site: Site, kind: str | None = None) -> list[Metric]:
     """The damped metrics of the matrices of a site, as the study chose them."""
     kind = kind or run.get("metric")
-    if _is_unused(run, site):
+    if is_unused(run, site):
         return [identity_metric(site)] * site.stack
     damping = Damping(**run.get("damping"))
     return [damping.apply(m, table=site.kind == "table") for m in load_metrics(run, site, kind)]
@@ -115,7 +111,7 @@ def draw_all(
     """
     unseen = run.get("unseen_sites", ())  # used, but not as could be watched: they stay as they are
     sites = [site for site in sites if site.name not in unseen]
-    scouts = scouts_of([s for s in sites if not _is_unused(run, s)])
+    scouts = scouts_of([s for s in sites if not is_unused(run, s)])
     others = [site for site in sites if site not in scouts]
     known = run.get("drawn_for")
     if known is not None and known["resources"] != list(resources or ()):
@@ -149,7 +145,8 @@ def _ladders_at(site: Site, ladders: Mapping[str, set[Setting] | None] | None) -
     }
 
 
-def _is_unused(run: Run, site: Site) -> bool:
+def is_unused(run: Run, site: Site) -> bool:
+    """Whether the model did nothing with a site on the calibration data."""
     return site.name in run.get("unused_sites", ())
 
 
@@ -226,78 +223,6 @@ def fit_site(form: Form, weights: Tensor, metrics: list[Metric], setting: Any) -
     """Fit one setting at every matrix of a site."""
     settings = settings_of(setting, len(weights))
     return [form.fit(w, m, s) for w, m, s in zip(weights, metrics, settings, strict=True)]
-
-
-def probe_gains(
-    run: Run,
-    model: Model,
-    sites: Sequence[Site],
-    reference: Reference,
-    forms: Sequence[str],
-    workers: int | None = None,
-) -> Iterator[str]:
-    """Measure one probe a form at every site on held-back batches; measured over predicted is its gain there.
-
-    Half of the workers fit probes while half of the threads measure those before, so many for any number of workers:
-    sums depend on it. `gain` is that of `int`, which forms
-    without a probe of their own borrow, or of the first form where that is not probed; 1 where nothing is seen. Yields
-    the name of every site when its gains are stored.
-    """
-
-    def units() -> Iterator[tuple[Site, Callable[[], tuple[Any, ...]]]]:
-        for site in sites:
-            probes = _missing_probes(run, site, forms)
-            if probes:
-                yield site, partial(_probe_arguments, run, model, site, probes)
-
-    fitting, measuring = workers or os.cpu_count() or 1, max(1, torch.get_num_threads() // 2)
-    if fitting > 1:
-        fitting = max(2, fitting // 2)
-    for site, fits in map_units(fit_probes, units(), fitting, in_order=True):
-        found = run.get(f"gain/{site.name}", {"by_form": {}})
-        for name, (new, predicted) in fits.items():
-            with threads(measuring), reference.starting_at(site), substituted(model, site, new):
-                measured = reference.divergence()
-            gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
-            found["by_form"][name] = gain
-            if name == "int" or "gain" not in found:
-                found |= {"predicted": predicted, "measured": measured, "gain": gain}
-        run.put(f"gain/{site.name}", found)
-        yield site.name
-
-
-def _missing_probes(run: Run, site: Site, forms: Sequence[str]) -> dict[str, Any]:
-    """The probes that are not measured yet, by form; none for a site that the model does not use.
-
-    Where a form that is drawn there has no probe of its own, or none is drawn, that of `int` is one of them.
-    """
-    if _is_unused(run, site):
-        return {}
-    known, drawn = run.get(f"gain/{site.name}", {"by_form": {}})["by_form"], list(run.candidates(site.name))
-    curves = {name: [_of_one(c, site.stack) for c in drawn if c.form == name] for name in forms}
-    probes = {name: form_named(name).probe(site.shape, curve) for name, curve in curves.items() if curve}
-    if not probes or None in probes.values():
-        probes["int"] = form_named("int").probe(site.shape, curves.get("int", ()))
-    return {name: probe for name, probe in probes.items() if probe is not None and name not in known}
-
-
-def _probe_arguments(run: Run, model: Model, site: Site, probes: dict[str, Any]) -> tuple[Any, ...]:
-    return site.matrices(model.module).cpu(), site_metrics(run, site), probes
-
-
-def fit_probes(weights: Tensor, metrics: list[Metric], probes: dict[str, Any]) -> dict[str, tuple[Tensor, float]]:
-    """The matrices of every probe, by form, and the divergence predicted for them."""
-    made = {}
-    for name, probe in probes.items():
-        new = torch.stack([op.dense() for op in fit_site(form_named(name), weights, metrics, probe)])
-        made[name] = new, sum(m.distance(w - n) for m, w, n in zip(metrics, weights, new, strict=True))
-    return made
-
-
-def _of_one(candidate: Candidate, count: int) -> Candidate:
-    """A candidate of a stack as that of its first matrix, at the mean cost."""
-    cost = Cost(candidate.cost.stored // count, candidate.cost.resident // count, candidate.cost.flops)
-    return replace(candidate, setting=settings_of(candidate.setting, count)[0], cost=cost)
 
 
 def _sum(costs: Sequence[Cost]) -> Cost:

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from tersor.coding.trellis import REMAINS, WINDOW, Side, Trellis, fine_rates, rates_of, values
 from tersor.forms.rotation import rotatable, rotate, turned_back
+from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.forms.trellis_read import LEVELS, shrink, sides_of
 from tersor.metrics import Metric
 from tersor.metrics import Side as MetricSide
 
-WALKS = 3  # quick ones, after which targets hardly change
+WALKS = 3  # quick ones, after which targets hardly change; one less where they begin from those of other bits
 DAMPED = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal
 OVERLOADED = 4.0  # times the error of a quick walk, from which on a search is repeated under a more damped metric
 RATES_DEEP, SCALES_DEEP = 8.0, 10.0  # octaves below the largest at which logarithms end
 ROUNDS = 4  # of fitting the scales of rows and columns to each other
 FREE = 4096  # rows from which on they are kept apart where they may be: where they begin takes memory too
+LARGEST, NEVER = 2.0**30, 1e30  # a code of a quick walk, and the step of an entry that has no bits
 SPARE = 2  # bytes that may be read behind the last bit
 Array = np.ndarray[Any, Any]
 
@@ -62,10 +64,47 @@ class Frame:
         matrix = matrix.contiguous()
         return cls(matrix.numpy(), judged, tuple(rotated), tuple(turned), tuple(pivots))  # type: ignore[arg-type]
 
-    def walk(self, targets: Array, bits: float, quick: bool = False) -> _Coding:
-        """One walk; `targets` say how large what is rounded will be. A quick one has errors, but no bits."""
+    def walk(self, targets: Array, bits: float) -> _Coding:
+        """The search itself; `targets` say how large what is rounded will be."""
         from tersor.forms import trellis_kernels as kernels
 
+        code = np.zeros(code_bytes(self.weight.shape, bits) + SPARE, np.uint8)
+        trellis = self._sized(targets, bits, code[:-SPARE])
+        error = np.zeros_like(self.weight)
+        made = (sides_of(trellis), shrink(), values(), error, code)
+        turned_i = self.turned[1]
+        if self.free_rows:
+            order = np.argsort(trellis.row_rates.codes, kind="stable")
+            kernels.walk_columns(self.weight, turned_i, turned_i.size > 0, order, *made)
+        else:
+            turned_o, turned_i = (
+                turned if turned.size else np.eye(size, dtype=np.float32)
+                for turned, size in zip(self.turned, self.weight.shape, strict=True)
+            )
+            kernels.walk_diagonals(self.weight, turned_o, turned_i, *made)
+        return _Coding(error, trellis)
+
+    def quick_walk(self, targets: Array, bits: float) -> tuple[Array, Array]:
+        """Targets and errors (rows, columns) where every entry is rounded to a lattice that leaves what its bits would.
+
+        With `L` the unit lower factors the targets are those of the search too, `W - E + L_o^T E L_i`.
+        """
+        row_rates, fine, *scales = sides_of(self._sized(targets, bits, np.zeros(0, np.uint8)))
+        rates = torch.from_numpy(rates_of(row_rates, fine))
+        leaves = torch.tensor([math.sqrt(12 * share) for share in REMAINS])
+        scale = torch.outer(*map(torch.from_numpy, scales)) * leaves[rates.long()]
+        scale[(rates == 0) | (scale == 0)] = NEVER
+        weight = torch.from_numpy(self.weight)
+        lower_o, lower_i = (torch.from_numpy(t).T if t.size else None for t in self.turned)
+        grid = Grid(scale, torch.zeros(()).expand(scale.shape), LARGEST, -LARGEST)
+        rounded = round_with_feedback(weight, grid, lower_o, lower_i)
+        error = weight - rounded
+        felt = error if lower_i is None else error @ lower_i
+        felt = felt if lower_o is None else lower_o.T @ felt
+        return (rounded + felt).numpy(), error.numpy()
+
+    def _sized(self, targets: Array, bits: float, code: Array) -> Trellis:
+        """The rates and scales of rows and columns for targets of this size, with a code that may be written yet."""
         shape = (self.weight.shape[0], self.weight.shape[1])
         scales = _scales(targets)
         rates = [0.5 * np.log2(np.maximum(p * s * s, 1e-300)) for p, s in zip(self.pivots, scales, strict=True)]
@@ -73,25 +112,7 @@ class Frame:
         row_rates, column_rates = (Side.of(r, RATES_DEEP) for r in rates)
         total = int(bits * shape[0] * shape[1]) if self.weight.any() else 0
         column_rates = _levelled(row_rates, column_rates, total)
-        code = np.zeros(code_bytes(shape, bits) + SPARE, np.uint8)
-        trellis = Trellis(
-            shape, self.free_rows, self.rotated, row_rates, column_rates, row_scales, column_scales, code[:-SPARE]
-        )
-        table = np.zeros(0, np.float32) if quick else values()
-        factors = np.sqrt(12 * np.asarray(REMAINS, dtype=np.float32)) if quick else shrink()
-        wanted, error = np.empty_like(self.weight), np.zeros_like(self.weight)
-        made = (sides_of(trellis), factors, table, wanted, error, code)
-        turned_i = self.turned[1]
-        if self.free_rows:
-            order = np.argsort(row_rates.codes, kind="stable")
-            kernels.walk_columns(self.weight, turned_i, turned_i.size > 0, order, *made)
-        else:
-            turned_o, turned_i = (
-                turned if turned.size else np.eye(size, dtype=np.float32)
-                for turned, size in zip(self.turned, shape, strict=True)
-            )
-            kernels.walk_diagonals(self.weight, turned_o, turned_i, *made)
-        return _Coding(wanted, error, trellis)
+        return Trellis(shape, self.free_rows, self.rotated, row_rates, column_rates, row_scales, column_scales, code)
 
     def turned_back(self, matrix: Array) -> Tensor:
         """A matrix as it is coded, in the order and basis of the weight."""
@@ -100,9 +121,8 @@ class Frame:
 
 @dataclass(frozen=True)
 class _Coding:
-    """What coding a weight gave: the targets as they were when rounded, the error, and the code."""
+    """What coding a weight gave: the error, and the code."""
 
-    targets: Array
     error: Array
     trellis: Trellis
 
@@ -119,16 +139,23 @@ class Coder:
         self.weight, self.metric, self.turn = weight, metric, turn
         self._frames: dict[float, Frame] = {}
         self._targets: dict[float, Array] = {}
+        self._expected: dict[float, tuple[float, float]] = {}  # by bits
 
     def expected(self, bits: float) -> tuple[float, float]:
-        """The divergence of a quick walk at `bits` an entry, and the damping that is best for it."""
-        best = (math.inf, 0.0)
-        for damping in DAMPED:
-            found = self._quick(bits, damping)
-            if found >= best[0]:
-                break
-            best = (found, damping)
-        return best
+        """The divergence of a quick walk at `bits` an entry, and the damping that is best for it.
+
+        The fewer bits, the more damping: what was best for more of them is where to begin.
+        """
+        if bits not in self._expected:
+            more = min((known for known in self._expected if known > bits), default=None)
+            best = (math.inf, 0.0)
+            for damping in DAMPED if more is None else DAMPED[DAMPED.index(self._expected[more][1]) :]:
+                found = self._quick(bits, damping)
+                if found >= best[0]:
+                    break
+                best = (found, damping)
+            self._expected[bits] = best
+        return self._expected[bits]
 
     def coded(self, bits: float) -> tuple[float, Trellis]:
         """The divergence and the code at `bits` an entry."""
@@ -149,15 +176,16 @@ class Coder:
 
     def _quick(self, bits: float, damping: float) -> float:
         """The divergence of a quick walk; what it shows of targets is where the next one begins."""
+        walks = WALKS - 1
         if damping not in self._frames:
+            walks = WALKS
             amounts = (0.0 if side.is_diagonal else damping for side in (self.metric.rows, self.metric.columns))
             frame = self._frames[damping] = Frame.of(self.weight, self.metric.damped(*amounts), self.turn)
             self._targets[damping] = frame.weight
         frame = self._frames[damping]
-        for _ in range(WALKS):
-            walk = frame.walk(self._targets[damping], bits, quick=True)
-            self._targets[damping] = walk.targets
-        return self.metric.distance(frame.turned_back(walk.error))
+        for _ in range(walks):
+            self._targets[damping], error = frame.quick_walk(self._targets[damping], bits)
+        return self.metric.distance(frame.turned_back(error))
 
 
 def frees_rows(metric: Metric) -> bool:

@@ -137,14 +137,13 @@ def _rate(row: int, fine: int) -> int:
 @numba.njit(cache=True, nogil=True, fastmath=quick)
 def walk_diagonals(
     weight: Array, turned_o: Array, turned_i: Array, sides: tuple[Array, Array, Array, Array], shrink: Array,
-    table: Array, wanted: Array, error: Array, bits: Array,
+    table: Array, error: Array, bits: Array,
 ) -> None:  # fmt: skip
     """Code a matrix (rows, columns) along its diagonals, each entry after all that it feels (P147).
 
     `turned_o` and `turned_i` are the transposed unit lower factors; `sides` are the rates of rows (1/64 bits) and
-    columns (1/4096) and the scales of both. Fills `wanted`, the targets, `error`, zeros before, and `bits`. Entries of
-    a diagonal do not feel one another. Without a table entries are rounded to multiples of their scale and nothing
-    is written.
+    columns (1/4096) and the scales of both. Fills `error`, zeros before, and `bits`. Entries of a diagonal do not feel
+    one another.
     """
     rows, columns = weight.shape
     row_rates, fine, row_scales, column_scales = sides
@@ -166,22 +165,18 @@ def walk_diagonals(
             along[t] = felt
             for k in range(i + 1, rows):
                 felt += turned_o[i, k] * spread[j, k]
-            wanted[i, j] = weight[i, j] + felt
             rates[t] = _rate(row_rates[i], fine[j])
             taken += rates[t]
             scale = row_scales[i] * column_scales[j] * shrink[rates[t]]
-            targets[t] = wanted[i, j] / scale if scale > 0 else np.float32(0)
+            targets[t] = (weight[i, j] + felt) / scale if scale > 0 else np.float32(0)
         length, end = last + 1 - first, -1
-        if count > 0 and taken >= WINDOW and length > 1:
+        if taken >= WINDOW and length > 1:
             state = end = _meeting(targets[:length], rates[:length], scaled, room, states)
-        if count > 0:
-            state = search(targets[:length], rates[:length], scaled, state, end, room, states)
+        state = search(targets[:length], rates[:length], scaled, state, end, room, states)
         for i in range(first, last + 1):
             j, t = diagonal - i, i - first
             value = np.float32(0)
-            if rates[t] > 0 and count == 0:
-                value = np.rint(targets[t]) * (row_scales[i] * column_scales[j] * shrink[rates[t]])
-            elif rates[t] > 0:
+            if rates[t] > 0:
                 value = table[states[t]] * (row_scales[i] * column_scales[j] * shrink[rates[t]])
                 at = _append(bits, at, states[t], rates[t])
             error[i, j] = weight[i, j] - value
@@ -191,7 +186,7 @@ def walk_diagonals(
 @numba.njit(cache=True, nogil=True, fastmath=quick)
 def walk_columns(
     weight: Array, turned_i: Array, coupled: bool, order: Array, sides: tuple[Array, Array, Array, Array],
-    shrink: Array, table: Array, wanted: Array, error: Array, bits: Array,
+    shrink: Array, table: Array, error: Array, bits: Array,
 ) -> None:  # fmt: skip
     """The same down the columns, from the last to the first, rows in `order`: they do not feel one another."""
     rows, columns = weight.shape
@@ -215,17 +210,13 @@ def walk_columns(
                 if coupled:
                     for m in range(j + 1, columns):
                         felt += error[i, m] * turned_i[j, m]
-                wanted[i, j] = weight[i, j] + felt
                 rates[t] = _rate(row_rates[i], fine[j])
                 scale = row_scales[i] * column_scales[j] * shrink[rates[t]]
-                targets[t] = wanted[i, j] / scale if scale > 0 else np.float32(0)
-            if len(table) > 0:
-                state = search(targets[:count], rates[:count], scaled, state, -1, room, states)
+                targets[t] = (weight[i, j] + felt) / scale if scale > 0 else np.float32(0)
+            state = search(targets[:count], rates[:count], scaled, state, -1, room, states)
             for t in range(count):
                 i, value = order[begin + t], np.float32(0)
-                if rates[t] > 0 and len(table) == 0:
-                    value = np.rint(targets[t]) * (row_scales[i] * column_scales[j] * shrink[rates[t]])
-                elif rates[t] > 0:
+                if rates[t] > 0:
                     value = table[states[t]] * (row_scales[i] * column_scales[j] * shrink[rates[t]])
                     at = _append(bits, at, states[t], rates[t])
                 error[i, j] = weight[i, j] - value

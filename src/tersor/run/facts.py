@@ -57,7 +57,13 @@ _FACTS: dict[str, Any] = {
     "latencies": {"machine": str, "whole": float, "calls": {str: [str]}, "layers": {str: {str: float}}},
 }  # fmt: skip
 _BY_PREFIX: dict[str, Any] = {
-    "gain/": {"gain?": float, "by_form?": {str: float}, "predicted?": float, "measured?": float},
+    "gain/": {
+        "gain?": float,
+        "by_form?": {str: float},
+        "borrowed?": {str: float},
+        "predicted?": float,
+        "measured?": float,
+    },
     "observed/": bool,
     "seconds/": float,
     "judgement/": JUDGEMENT,

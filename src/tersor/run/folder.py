@@ -239,9 +239,10 @@ class Run:
             yield Candidate(form, found, Cost(stored, resident, flops), predicted)
 
     def gain(self, site: str, form: str) -> float:
-        """Measured over predicted for a probe of this form at a site, or of `int` where the form has none; else 1."""
+        """Measured over predicted for a probe of a form at a site, else as borrowed, else that of `int`, else 1."""
         found = self.get(f"gain/{site}", {})
-        return float(found.get("by_form", {}).get(form, found.get("gain", 1.0)))
+        gains = {**found.get("borrowed", {}), **found.get("by_form", {})}
+        return float(gains.get(form, found.get("gain", 1.0)))
 
     def put_plan(self, name: str, value: dict[str, Any]) -> None:
         with self._write() as db:

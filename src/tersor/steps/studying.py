@@ -17,7 +17,8 @@ from torch import nn
 
 from tersor.build.interaction import measure_interaction
 from tersor.build.latency import measure_latencies, one_sample
-from tersor.curves.draw import Ladders, damping_sites, draw_all, probe_gains, settle_damping
+from tersor.curves.draw import Ladders, damping_sites, draw_all, settle_damping
+from tersor.curves.gains import probe_gains
 from tersor.curves.limit import store_spectra
 from tersor.data import Data, read_data
 from tersor.engine import pool_of
