@@ -49,8 +49,8 @@ def _llmcompressor(groups: tuple[int, ...]) -> Settings:
 
 
 def _gptqmodel(groups: tuple[int, ...]) -> Settings:
-    """Without its EoRA: on a CPU that refuses float32 and does not come to an end in bfloat16 (7.6.0)."""
-    return _grid((8,), groups, method="gptq") + _grid((4, 3, 2), (32,), method="gptq")
+    corrected = [{"method": "gptq", "bits": bits, "group": 32, "eora": 8} for bits in (3, 2)]
+    return _grid((8,), groups, method="gptq") + _grid((4, 3, 2), (32,), method="gptq") + corrected
 
 
 def _auto_round(groups: tuple[int, ...]) -> Settings:
