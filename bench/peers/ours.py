@@ -32,7 +32,7 @@ from tersor.steps import Study
 DRAWN = (*USUAL, "trellis")
 RESIDENT = tuple(name for name in DRAWN if name != "coded")
 MENUS = {"at rest": None, "resident": RESIDENT}
-NEAR = 0.03  # of the bytes that may change: by so many fewer at most a plan may stand for a peer
+NEAR, NEAR_BITS = 0.03, 0.15  # of a whole file, and bits a touched weight: by so much less a plan may stand for a peer
 
 
 def source_digest() -> str:
@@ -87,9 +87,9 @@ class Ours:
     def standing_for(self, stored: int, touched: Collection[str] | None) -> int:
         """A size that was asked for before and is at most a little smaller, else this one."""
         changing = None if touched is None else frozenset(touched)
-        fixed = 0 if touched is None else self.subject.file_bytes - self.subject.bytes_of(list(touched))
+        more = NEAR_BITS * self.subject.bytes_of(list(touched)) / 32 if touched is not None else None
         known = self.sizes.setdefault(changing, [])
-        near = [size for size in known if size <= stored and stored - fixed <= (1 + NEAR) * (size - fixed)]
+        near = [size for size in known if 0 <= stored - size <= (NEAR * size if more is None else more)]
         if not near:
             known.append(stored)
         return max(near, default=stored)

@@ -15,7 +15,7 @@ from torch import nn
 import tersor
 from peers.adapters import task
 from peers.equal import best_at, bits_of, interpolated, whole_bytes
-from peers.ours import NEAR, Ours, plan_at
+from peers.ours import NEAR, NEAR_BITS, Ours, plan_at
 from peers.processes import watched
 from peers.running import reason_in
 from peers.settings import label_of, settings_of
@@ -70,12 +70,12 @@ def test_a_plan_of_the_touched_sites_leaves_all_others_and_keeps_to_the_bytes(
 
 
 def test_a_plan_stands_for_peers_of_hardly_more_bytes_and_for_none_of_fewer() -> None:
-    subject = SimpleNamespace(file_bytes=1000, bytes_of=lambda names: 400)
+    subject = SimpleNamespace(bytes_of=lambda names: 32_000)
     ours = Ours(subject, None, Path())
-    most = int(100 * (1 + NEAR))
-    assert [ours.standing_for(size, None) for size in (100, most, most + 1, 99)] == [100, 100, most + 1, 99]
-    touched = [ours.standing_for(size, ["w"]) for size in (700, 600 + most, 600 + most + 1)]  # 600 stay as they are
-    assert touched == [700, 700, 600 + most + 1]
+    most = int(1000 * (1 + NEAR))
+    assert [ours.standing_for(size, None) for size in (1000, most, most + 1, 999)] == [1000, 1000, most + 1, 999]
+    most = 70_000 + int(1000 * NEAR_BITS)
+    assert [ours.standing_for(size, ["w"]) for size in (70_000, most, most + 1)] == [70_000, 70_000, most + 1]
 
 
 def test_every_peer_has_pinned_requirements_settings_and_an_adapter() -> None:
