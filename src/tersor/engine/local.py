@@ -34,6 +34,10 @@ class LocalPool:
         with _without_main():
             return self._processes.submit(function, *arguments)
 
+    def share(self, value: Any) -> Any:
+        """An argument of many units; a tensor moves to shared memory when it is first sent, and stays there."""
+        return value
+
     def close(self) -> None:
         if self._processes is not None:
             self._processes.shutdown(cancel_futures=True)

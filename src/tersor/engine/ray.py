@@ -55,6 +55,10 @@ class RayPool:
         self._unit.remote(function, *arguments).future().add_done_callback(settle)
         return found
 
+    def share(self, value: Any) -> Any:
+        """An argument of many units, sent once to every machine that runs one."""
+        return self._ray.put(value)
+
     def _cause(self, error: BaseException) -> BaseException:
         """What a unit raised, without Ray around it."""
         if isinstance(error, self._ray.exceptions.WorkerCrashedError):

@@ -26,6 +26,8 @@ class Pool(Protocol):
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]: ...
 
+    def share(self, value: Any) -> Any: ...
+
     def close(self) -> None: ...
 
 
@@ -38,20 +40,22 @@ def map_units(
     workers: int | None = None,
     *,
     in_order: bool = False,
+    shared: tuple[Any, ...] = (),
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (key, function(*arguments())) for units (key, arguments) as they finish, or in their order.
+    """Yield (key, function(*shared, *arguments())) for units (key, arguments) as they finish, or in their order.
 
-    Arguments are made only when a worker is free, so memory holds a few units at a time. A single worker of this
-    machine is this process.
+    Arguments are made only when a worker is free, so memory holds a few units at a time; those `shared` by all units
+    are handed over once. A single worker of this machine is this process.
     """
     workers = workers or os.cpu_count() or 1
     if workers == 1 and not isinstance(_pool, RayPool):
         for key, arguments in units:
             with threads(1):
-                result = function(*arguments())
+                result = function(*shared, *arguments())
             yield key, result
         return
     with pool_of(workers) as pool:
+        shared = tuple(pool.share(value) for value in shared)
         waiting: dict[Future[Any], Any] = {}  # oldest first
         queue = iter(units)
         exhausted = False
@@ -63,7 +67,7 @@ def map_units(
                         exhausted = True
                         break
                     with threads(1):
-                        waiting[pool.submit(function, *unit[1]())] = unit[0]
+                        waiting[pool.submit(function, *shared, *unit[1]())] = unit[0]
                 done = [next(iter(waiting))] if in_order and waiting else wait(waiting, return_when=FIRST_COMPLETED)[0]
                 for future in done:
                     result = future.result()
