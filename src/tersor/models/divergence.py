@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def softened(divergence: Divergence, temperature: float) -> Divergence:
     """`kl` with labels sampled at a temperature: the Hessian of a model as much less sure of its predictions."""
     if temperature == 1:
         return divergence
-    return replace(divergence, probe=lambda output, generator: _kl_probe(output, generator, temperature))
+    return replace(divergence, probe=partial(_kl_probe, temperature=temperature))
 
 
 def custom_divergence(function: Callable[[Tensor, Tensor], Tensor], name: str = "custom") -> Divergence:
@@ -116,26 +117,26 @@ def custom_divergence(function: Callable[[Tensor, Tensor], Tensor], name: str = 
     Its Hessian in the new output is taken by automatic differentiation for up to 512 outputs a prediction, exactly; it
     must be twice differentiable and least, zero, where both outputs are equal.
     """
+    return Divergence(name, "units of your own", function, partial(_custom_probe, function))
 
-    def probe(output: Tensor, generator: torch.Generator) -> Tensor:
-        flat = output.float().reshape(len(output), -1)
-        if flat.shape[1] > LARGEST_HESSIAN:
-            raise TersorError(
-                f"A divergence of your own takes at most {LARGEST_HESSIAN} outputs a prediction, not {flat.shape[1]}."
-            )
 
-        def of_one(new: Tensor, original: Tensor) -> Tensor:
-            shape = (1, *output.shape[1:])
-            return function(original.reshape(shape), new.reshape(shape)).sum()
+def _custom_probe(function: Callable[[Tensor, Tensor], Tensor], output: Tensor, generator: torch.Generator) -> Tensor:
+    flat = output.float().reshape(len(output), -1)
+    if flat.shape[1] > LARGEST_HESSIAN:
+        raise TersorError(
+            f"A divergence of your own takes at most {LARGEST_HESSIAN} outputs a prediction, not {flat.shape[1]}."
+        )
 
-        fixed = flat.detach()
-        hessian = torch.func.vmap(torch.func.hessian(of_one))(fixed, fixed)
-        values, vectors = torch.linalg.eigh(hessian)
-        root = vectors * values.clamp_min(0).sqrt()[:, None, :]
-        direction: Tensor = (root @ _normal(fixed, generator)[..., None])[..., 0]
-        return (flat * direction).sum()
+    def of_one(new: Tensor, original: Tensor) -> Tensor:
+        shape = (1, *output.shape[1:])
+        return function(original.reshape(shape), new.reshape(shape)).sum()
 
-    return Divergence(name, "units of your own", function, probe)
+    fixed = flat.detach()
+    hessian = torch.func.vmap(torch.func.hessian(of_one))(fixed, fixed)
+    values, vectors = torch.linalg.eigh(hessian)
+    root = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    direction: Tensor = (root @ _normal(fixed, generator)[..., None])[..., 0]
+    return (flat * direction).sum()
 
 
 def divergence_named(name: str) -> Divergence:

@@ -6,7 +6,9 @@ silently drawn anew. Code that a folder brings along is never run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,11 @@ class HuggingFaceModel:
             {"head": self.head, "pooling": _pooling(folder)},
         )
         self._tokenizer: Any = None
+
+    def maker(self) -> Callable[[], HuggingFaceModel]:
+        other = copy.copy(self)
+        other._tokenizer = None
+        return partial(copy.copy, other)
 
     @property
     def device(self) -> torch.device:

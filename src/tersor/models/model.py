@@ -6,7 +6,7 @@ sites, forms or plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,6 +57,10 @@ class Model(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    def maker(self) -> Callable[[], Model]:
+        """What makes this model again in another process, as it is now; no data need be read there."""
+        ...
 
     def batches(
         self, data: Data, samples: int | None, sequence_length: int, batch_size: int, seed: int | None = None

@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ class ModuleModel:
             _fingerprint(state),
             file_bytes((k, tuple(v.shape), v.dtype) for k, v in _distinct(module).items()),
         )
+
+    def maker(self) -> Callable[[], ModuleModel]:
+        source, divergence = self.identity.source, self.divergence
+        if ":" in source:  # its classes may be those of a file, which only the factory knows
+            return partial(_made_again, source, divergence, self.module.state_dict())
+        return partial(ModuleModel, self.module, divergence, self.preprocess, source)
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +155,12 @@ def open_module(
             _load(module, read_tensors(weights), f"{weights} does not fit {spec}")
     preprocess = getattr(namespace, "preprocess", None) or _normaliser(namespace)
     return ModuleModel(module, divergence or "kl", preprocess, spec, device)
+
+
+def _made_again(spec: str, divergence: Divergence, state: dict[str, Tensor]) -> ModuleModel:
+    model = open_module(spec, None, divergence)
+    _load(model.module, state, f"What was made of {spec} does not fit it")
+    return model
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], complaint: str) -> None:
