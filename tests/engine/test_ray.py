@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from tersor.engine import map_units, pool_of
 from tersor.engine.ray import RayPool
@@ -32,17 +33,44 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def made(folder: Path, options: dict[str, Any], **engine: Any) -> list[bytes]:
-    opened = study(small_net(), batches(), folder / "run", **{**options, **engine})
+def made(folder: Path, options: dict[str, Any], module: nn.Module | None = None, **engine: Any) -> list[bytes]:
+    opened = study(module or small_net(), batches(12), folder / "run", **{**options, **engine})
     build_plan(opened, opened.plan("5bits"), folder / "out", **engine)
     return [(folder / "out" / name).read_bytes() for name in ("model.safetensors", "tersor.json")]
 
 
-def test_artifacts_are_those_of_the_local_engine(quick: dict[str, Any], tmp_path: Path) -> None:
+def test_artifacts_are_those_of_the_local_engine(
+    quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tersor.steps.memory.WORTH", 0)  # observe on all workers, though it is little
     options = {**quick, "gains": True}
     here = made(tmp_path / "here", options, workers=1)
     for workers in (1, 2, 4):
         assert made(tmp_path / str(workers), options, workers=workers, engine="ray") == here
+
+
+class Mortal(nn.Sequential):
+    """Layers that end a process, though not the one that `spares` names, the first time that they run there."""
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__(*small_net())
+        self.marker, self.spares = marker, os.getpid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if os.getpid() != self.spares:
+            dying_once(str(self.marker))
+        return super().forward(x)
+
+
+def test_a_worker_that_dies_while_observing_changes_nothing(
+    quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tersor.steps.memory.WORTH", 0)
+    marker = tmp_path / "died"
+    here = made(tmp_path / "here", quick, Mortal(marker))
+    assert not marker.exists()
+    assert made(tmp_path / "there", quick, Mortal(marker), workers=2, engine="ray") == here
+    assert marker.exists()
 
 
 def dying_once(marker: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tersor.models import open_model, walk
 from tersor.models.model import Model
 from tersor.observe import Collector, Summary, collect, unseen
+from tersor.observe.collect import generator_of
 
 
 def summaries(model: Model, batches: list[Any], gradients: bool = True) -> Collector:
@@ -49,9 +50,8 @@ def by_hand(model: Model, batches: list[Any], kinds: tuple[type[nn.Module], ...]
     """Run the same probes as `collect` with seed 0, watched from outside."""
     watched = Watched(model.module, kinds)
     model.module.eval()
-    generator = torch.Generator().manual_seed(0)
-    for batch in model.batches(_data(batches), None, 0, 0):
-        model.divergence.probe(model.outputs(batch), generator).backward()
+    for number, batch in enumerate(model.batches(_data(batches), None, 0, 0), 1):
+        model.divergence.probe(model.outputs(batch), generator_of(0, number, model.device)).backward()
     return watched
 
 

@@ -1,7 +1,8 @@
 """Summaries from one pass over calibration data."""
 
 from tersor.observe.by_block import collect_by_block
-from tersor.observe.collect import Collector, collect, unseen
+from tersor.observe.collect import collect, unseen
+from tersor.observe.collector import Collector
 from tersor.observe.store import load_metrics, store_summaries
 from tersor.observe.summary import Summary, nearest_kronecker
 

@@ -21,7 +21,8 @@ from tersor.models.divergence import Divergence
 from tersor.models.model import Batch, Model
 from tersor.models.passage import Passage
 from tersor.models.sites import Site
-from tersor.observe.collect import Collector, frozen, outputs_of, refuse_not_finite
+from tersor.observe.collect import frozen, generator_of, outputs_of, refuse_not_finite
+from tersor.observe.collector import Collector
 from tersor.observe.summary import Summary
 
 Progress = Callable[[int, int], Any]
@@ -47,7 +48,6 @@ def collect_by_block(
     may lie in several stretches, come last. Raises TersorError where the model is no chain of blocks, or where
     gradients go around them.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
     progress(0, 1)
     with frozen(model.module):
         passage = Passage(model.module, partial(_outputs, model, batches), batches, folder, key)
@@ -56,8 +56,12 @@ def collect_by_block(
                 source = model.identity.source
                 raise TersorError(f"{source} is no chain of blocks that run one after another, so it {_INSTEAD}.")
             chosen = divergence or model.divergence
-            probe = (lambda output: chosen.probe(output, generator)) if gradients else None
-            observed = _Observed(model, tuple(sites), batches, passage, probe, progress)
+
+            def probe(output: Tensor, number: int) -> Tensor:
+                return chosen.probe(output, generator_of(seed, number, model.device))
+
+            given = (batches, passage, probe if gradients else None, progress)
+            observed = _Observed(model, tuple(sites), *given)
             yield from observed.collectors()
             passage.close()
         except TersorError as error:
@@ -74,13 +78,13 @@ def _outputs(model: Model, batches: Sequence[Batch], number: int) -> Tensor:
 
 @dataclass
 class _Observed:
-    """A model on its passage; `probe` makes the scalar of its output whose gradients are watched, None for none."""
+    """A model on its passage; `probe` makes the scalar whose gradients are watched, of an output and its number."""
 
     model: Model
     sites: tuple[Site, ...]
     batches: Sequence[Batch]
     passage: Passage
-    probe: Callable[[Tensor], Tensor] | None
+    probe: Callable[[Tensor, int], Tensor] | None
     progress: Progress
 
     def collectors(self) -> Iterator[Collector]:
@@ -116,7 +120,7 @@ class _Observed:
         collector = self._collector(self.sites)
         with self.passage.holding(number):
             for batch, given in enumerate(self.batches):
-                collector.begin(self.model.masks(given), counting=False)
+                collector.begin(self.model.masks(given), len(self.batches) - 1 - batch, counting=False)
                 with collector:
                     visit(number, batch, collector.count)
         if collector.strays:
@@ -138,8 +142,7 @@ class _Observed:
         for text, values in (item for part in parts for item in part.items()):
             *found, rows_are_inputs = json.loads(text)
             key, summary = (found[0], found[1], found[2]), Summary(**values)
-            collector.rows_are_inputs[key] = rows_are_inputs
-            collector.summaries[key] = collector.summaries[key] + summary if key in collector.summaries else summary
+            collector.add({key: summary}, {key: rows_are_inputs})
         return self._finished(collector)
 
     def _forwards(self, number: int, batch: int, begun: Callable[[], None]) -> None:
@@ -152,6 +155,6 @@ class _Observed:
         def loss(output: Tensor) -> Tensor:
             refuse_not_finite(output, batch + 1)
             assert self.probe is not None
-            return self.probe(output)
+            return self.probe(output, batch + 1)
 
         self.passage.backward(number, batch, begun, loss)

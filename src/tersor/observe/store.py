@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.metrics import Metric, Side
 from tersor.models.sites import Site
-from tersor.observe.collect import Collector
+from tersor.observe.collector import Collector
 from tersor.observe.summary import Summary, nearest_kronecker
 from tersor.run.folder import Run
 

@@ -1,4 +1,4 @@
-"""A limit on memory: how many processes may fit at once, and how many samples a batch may have.
+"""What fits into memory: how many processes at once, and under a limit how many samples a batch may have.
 
 What units of work take was measured and is rounded up; what a model makes of a token is reckoned from the widths of its
 sites. A limit that the largest site alone does not allow is refused at once.
@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tersor.errors import TersorError
-from tersor.models import Site
+from tersor.models import Batch, Site
+from tersor.models.model import size_of
 from tersor.models.sites import block_of
-from tersor.observe.collect import LARGEST_MOMENT
+from tersor.observe.collector import LARGEST_MOMENT
 from tersor.plan.budget import parse_size
 
 PROCESS = 512 << 20  # of a process with its libraries and kernels
@@ -23,6 +24,8 @@ STRIPPED = ("int", "portable")  # forms that are fitted by rows where these do n
 LOGITS = 6  # times the outputs of a model, while they are compared or probed
 MODELS = 2  # that are judged together: what lies around their blocks stays in memory
 ACTIVATIONS = 2  # times what goes through the weights of a block; gradients as much again
+OBSERVING = 0.5  # of the memory of this machine, which observing in several processes may take
+WORTH = 1e11  # numbers in the data times weights: less is observed before a process has started
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,30 @@ class Memory:
                 f"{(self.limit - left + token * sequence_length) / 1e9:.1f} GB for one sample."
             )
         return min(asked, fitting)
+
+
+def observers(sites: Sequence[Site], batches: Sequence[Batch], asked: int | None, gradients: bool) -> int | None:
+    """The workers to observe with, of those asked for; None where two do not fit, whatever was asked.
+
+    A worker has the model, as it came and opened, and its summaries, as they are, sent, and waiting for their turn; the
+    process in charge has their sum, twice while it grows.
+    """
+    weights = sum(4 * site.parameters for site in sites)
+    summaries = sum(site.stack * _moments(site) for site in sites) * (1.5 if gradients else 0.5)
+    fitting = int((OBSERVING * _memory_of_machine() - 2 * summaries) // (2 * weights + 3 * summaries))
+    if fitting < 2:
+        return None
+    if sum(map(size_of, batches)) * weights / 4 < WORTH:
+        return 1
+    return min(asked or os.cpu_count() or 1, fitting)
+
+
+def _memory_of_machine() -> int:
+    """Bytes of physical memory; none where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _moments(site: Site) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +34,7 @@ from tersor.observe import Collector, collect, collect_by_block, store_summaries
 from tersor.observe.certainty import certainty
 from tersor.observe.store import file_of
 from tersor.run import Run, fingerprint_of
+from tersor.steps.memory import observers
 from tersor.steps.opening import Progress, Study, open_study, silent
 
 CHECK_SHARE = 0.2
@@ -70,7 +71,7 @@ def study(
     `latency` every site is timed in every form on this machine, for budgets of time. With `resources`, of `stored` and
     `resident`, forms that no plan under limits on these would use are found on a few sites, and drawn there alone.
     With a limit on `memory`, such as `6GB`, weights are read on demand, block by block, and batches and processes are
-    no more than it allows. `workers` processes fit curves and probes, or as many cores of a Ray cluster with the engine
+    no more than it allows. `workers` processes observe and fit, or as many cores of a Ray cluster with the engine
     `ray`. Raises TersorError for bad input.
     """
     if metric not in KINDS:
@@ -103,15 +104,15 @@ def study(
         opened.run.belongs_to({"check_data": "held back" if checked is None else fingerprint_of(check)})
         opened.run.belongs_to({"settings": _ladders_key(settings)})
         opened.run.put("source", opened.model.identity.source)
-        if not opened.run.get("observed"):
-            unseen_data, gradients = checked is not None, metric != "input"
-            with clocked(opened.run, "observe"):
-                _observe(opened, fit, check, unseen_data=unseen_data, gradients=gradients, seed=seed, progress=progress)
-            opened.run.put("observed", True)
-        if damping is not None:
-            opened.run.belongs_to({"damping": damping})
-        _settle(opened, metric, progress)
         with pool_of(workers, engine, ray_address):
+            if not opened.run.get("observed"):
+                watched: dict[str, Any] = {"gradients": metric != "input", "seed": seed}
+                with clocked(opened.run, "observe"):
+                    _observe(opened, fit, check, workers, progress, unseen_data=checked is not None, **watched)
+                opened.run.put("observed", True)
+            if damping is not None:
+                opened.run.belongs_to({"damping": damping})
+            _settle(opened, metric, progress)
             with clocked(opened.run, "draw"):
                 progress("draw", "curves of all sites", 0, len(opened.sites))
                 drawing = draw_all(opened.run, opened.model, opened.sites, forms, workers, settings, resources)
@@ -193,11 +194,12 @@ def _observe(
     opened: Study,
     fit: list[Batch],
     check: list[Batch],
+    workers: int | None,
+    progress: Progress,
     *,
     unseen_data: bool,
     gradients: bool,
     seed: int,
-    progress: Progress,
 ) -> None:
     divergence = opened.model.divergence
     if gradients and divergence.name == "kl":
@@ -209,8 +211,9 @@ def _observe(
     def watch(part: str, batches: list[Batch], sites: tuple[Site, ...], probed: Divergence) -> None:
         if opened.run.get(f"observed/{part}"):
             return
+        options = {"gradients": gradients, "seed": seed, "divergence": probed}
         shown = partial(progress, "observe", part)
-        for collector in _collectors(opened, sites, batches, shown, gradients=gradients, seed=seed, divergence=probed):
+        for collector in _collectors(opened, sites, batches, workers, progress=shown, **options):
             store_summaries(opened.run, sites, collector, part)
         opened.run.put(f"observed/{part}", True)
 
@@ -225,18 +228,13 @@ def _observe(
 
 
 def _collectors(
-    opened: Study, sites: Sequence[Site], batches: list[Batch], progress: Callable[[int, int], Any], **options: Any
+    opened: Study, sites: Sequence[Site], batches: list[Batch], workers: int | None, **options: Any
 ) -> Iterator[Collector]:
     """The summaries of the sites: of all at once, or block by block where weights are read on demand."""
     if is_on_demand(opened.model.module):
         spool, names = opened.run.folder / "spool", [site.name for site in sites]
         key = json.dumps([names, fingerprint_of(batches), [size_of(batch) for batch in batches]])
-        yield from collect_by_block(opened.model, sites, batches, spool, key=key, progress=progress, **options)
+        yield from collect_by_block(opened.model, sites, batches, spool, key=key, **options)
         return
-
-    def reported() -> Iterator[Batch]:
-        for number, batch in enumerate(batches):
-            progress(number, len(batches))
-            yield batch
-
-    yield collect(opened.model, sites, reported(), **options)
+    count = observers(opened.sites, batches, workers, options["gradients"])
+    yield collect(opened.model, sites, batches, workers=count, **options)
