@@ -1,6 +1,6 @@
 """What each lever is worth: a plan with all of them, and with each one taken away, at equal bytes on one model.
 
-    python bench/ablation.py MODEL [--run DIR]
+    python bench/ablation.py MODEL [--run DIR] [--family "at rest"]
 
 At rest (bytes of the file) and resident (bytes in memory, forms that decode nothing at load). A lever that is taken
 away is so before the curves are drawn, and the planner does the best it can without it. Everything is fitted and
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,13 @@ def measured(opened: Study, held: Outputs, variant: Variant, limits: Limits) -> 
     return {"lever": variant.name, "stored": stored, "divergence": asdict(found)}
 
 
-def rows_of(opened: Study, held: Outputs, budget: int) -> Iterator[dict[str, Any]]:
-    for family, variants, limits in (
-        ("at rest", AT_REST, Limits(stored=budget)), ("resident", IN_MEMORY, Limits(resident=budget)),
-    ):  # fmt: skip
-        base = None
+FAMILIES = {"at rest": (AT_REST, "stored"), "resident": (IN_MEMORY, "resident")}
+
+
+def rows_of(opened: Study, held: Outputs, budget: int, families: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for family in families:
+        (variants, resource), base = FAMILIES[family], None
+        limits = Limits(**{resource: budget})
         for variant in variants:
             row = {"family": family, **measured(opened, held, variant, limits)}
             if "divergence" in row:
@@ -165,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=NAMES)
     parser.add_argument("--run", type=Path, default=None)
+    parser.add_argument("--family", choices=FAMILIES, default=None, help="one of the two alone; default: both")
     given = parser.parse_args()
     known = reference(given.model)
     opened = known.study(given.run or Path(tempfile.mkdtemp()), forms=EVERY)
@@ -173,7 +176,7 @@ def main() -> None:
     share = known.budgets[len(known.budgets) // 2]
     budget = int(float(share.rstrip("%")) / 100 * opened.stored_bytes)
     rows = []
-    for row in rows_of(opened, held, budget):
+    for row in rows_of(opened, held, budget, [given.family] if given.family else list(FAMILIES)):
         rows.append(row)
         value = row.get("divergence")
         shown = row["note"] if value is None else f"{value['value']:.5f} [{value['low']:.5f}, {value['high']:.5f}]"
