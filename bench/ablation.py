@@ -175,6 +175,8 @@ def main() -> None:
     held = Outputs(opened.model, opened.model.batches(known.held_out, *sizes, seed=0))
     share = known.budgets[len(known.budgets) // 2]
     budget = int(float(share.rstrip("%")) / 100 * opened.stored_bytes)
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"ablation-{given.model}.json"
     rows = []
     for row in rows_of(opened, held, budget, [given.family] if given.family else list(FAMILIES)):
         rows.append(row)
@@ -184,9 +186,7 @@ def main() -> None:
             f"{row['family']:9} {row['lever']:40} {row.get('stored', 0):>11,} {shown} x {row.get('times', 0):.2f}",
             flush=True,
         )
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"ablation-{given.model}.json"
-    target.write_text(json.dumps({"budget": share, "bytes": budget, "rows": rows}, indent=1))
+        target.write_text(json.dumps({"budget": share, "bytes": budget, "rows": rows}, indent=1))
     print(f"written to {target.name}")
 
 
