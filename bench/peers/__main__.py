@@ -1,6 +1,6 @@
 """Run the peers and Tersor on reference models, and write bench/results/peers-MODEL.json and docs/benchmarks.md.
 
-    script/bench peers [--models babyllama,pylm] [--tools hqq,llmcompressor] [--again]
+    script/bench peers [--models babyllama,pylm] [--tools hqq,llmcompressor] [--no-low-rank] [--again]
 
 What was run before with the same versions is not run again, but what failed is with --again. Scratch is bench/.peers.
 """
@@ -82,8 +82,8 @@ def ours_of(subject: Subject, rows: list[dict[str, Any]], run: Path) -> tuple[Ou
     return Ours(subject, open_study(subject.model, run), run.with_name(f"{run.name}-cells")), spent
 
 
-def measured(name: str, tools: tuple[str, ...], samples: int | None, again: bool) -> dict[str, Any]:
-    """All rows of a model."""
+def measured(name: str, tools: tuple[str, ...], samples: int | None, again: bool, low_rank: bool) -> dict[str, Any]:
+    """All rows of a model, those of the low-rank recipes where asked for."""
     subject = open_subject(name, SCRATCH / name, samples)
     original, digest = subject.judge.score(), source_digest()
     print(f"{name}: {subject.file_bytes:,} bytes, {subject.known.score_name} {original['value']:.3f}", flush=True)
@@ -98,19 +98,19 @@ def measured(name: str, tools: tuple[str, ...], samples: int | None, again: bool
         print(beside(row), flush=True)
     for row in rows:
         row.pop("folder", None)
-    sizes = [size for bits in NOMINAL if (size := _nearest(rows, subject.file_bytes, bits)) is not None]
-    low_rank = []
+    nearest = (_nearest(rows, subject.file_bytes, bits) for bits in NOMINAL if low_rank)
+    sizes, recipes = [size for size in nearest if size is not None], []
     for row in lowrank.rows_at(ours.opened, subject.judge, sizes, ours.folder):
         if "failed" not in row:
             size = ours.standing_for(row["bytes"], None)
             row["whole"] = {menu: ours.measured(size, menu, None)[0] for menu in ("at rest", "resident")}
         print(shown(row, subject.file_bytes), flush=True)
-        low_rank.append(row)
+        recipes.append(row)
     return {
         "model": name, "bytes": subject.file_bytes, "score_name": subject.known.score_name, "original": original,
         "divergence_unit": subject.model.divergence.unit, "seed": 0, "samples": subject.samples,
         "calibration": subject.fingerprint, "machine": machine(),
-        "tersor": {"version": tersor.__version__, "source": digest, **job}, "rows": rows, "low_rank": low_rank,
+        "tersor": {"version": tersor.__version__, "source": digest, **job}, "rows": rows, "low_rank": recipes,
     }  # fmt: skip
 
 
@@ -135,10 +135,11 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(NAMES))
     parser.add_argument("--tools", default=",".join(PEERS))
     parser.add_argument("--samples", type=int, default=None)
+    parser.add_argument("--no-low-rank", action="store_true", help="leave out the published low-rank recipes")
     parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
     for name in given.models.split(","):
-        found = measured(name, tuple(given.tools.split(",")), given.samples, given.again)
+        found = measured(name, tuple(given.tools.split(",")), given.samples, given.again, not given.no_low_rank)
         write_text(RESULTS / f"peers-{name}.json", json.dumps(found, indent=1) + "\n")
         print(f"written to peers-{name}.json", flush=True)
     page.write()

@@ -117,6 +117,8 @@ def against_best(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def lowrank_table(found: dict[str, Any]) -> Iterator[str]:
     name = found["model"]
+    if not found["low_rank"]:
+        return
     yield f"\n### {name}: low rank\n"
     yield (
         "Published recipes without a maintained tool, fitted here: the same share of bytes for every site in 16-bit "
