@@ -15,7 +15,10 @@ from torch import Tensor, nn
 import tersor
 from tersor.build import operators_of
 from tersor.errors import TersorError, UnreachableBudget
+from tersor.forms import FORMS, IntSetting, LowRankSetting, SumSetting
+from tersor.forms.lowrank import cut
 from tersor.methods import method_named, run_method
+from tersor.metrics import Metric
 from tersor.steps import Result, compress
 
 DAMPING = {"inputs": 0.03, "gradients": 0.3, "frequencies": 0.3}
@@ -34,6 +37,14 @@ def outputs(module: nn.Module, batch: Any) -> Tensor:
         found = module(**batch) if isinstance(batch, dict) else module(batch)
     logits: Tensor = found if isinstance(found, Tensor) else found.logits
     return logits
+
+
+def sums_at(rank: int, model: Any, data: Any, out: Path, first: str = "int", bits: int | None = None) -> Result:
+    """An artifact with a correction of this rank at every site."""
+    of_first = {"int": {"bits": 3, "group_size": None, "symmetric": True}, "sparse": {"density": "2:4", "bits": 4}}
+    settings = {"first": of_first[first], "second": {"rank": rank, "bits": bits}}
+    method = replace(method_named("eora"), form=f"{first}+lowrank", settings=settings, metric="kronecker")
+    return run_method(method, model, data, "100%", out, damping=DAMPING, gains=False, workers=1)
 
 
 @pytest.fixture
@@ -93,6 +104,34 @@ def test_a_module_of_ones_own_and_plain_weights(
     assert 1 <= min(ranks) < 8
     dense = tersor.load(tmp_path / "out", model=conv_net, budget=share, mode="dense")
     assert torch.allclose(outputs(dense, images()[0]), outputs(small, images()[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "bits", "name"), [("int", None, "llama-tied"), ("sparse", 4, "mixtral")])
+def test_a_cut_sum_is_the_sum_with_its_correction_cut(
+    first: str, bits: int | None, name: str, make_checkpoint: Maker, tokens: Callable[..., Any], tmp_path: Path
+) -> None:
+    out, again, batches = tmp_path / "out", tmp_path / "again", tokens(name)
+    sums_at(12, make_checkpoint(name), batches, out, first, bits)
+    whole = tersor.load(out)
+    budget = int(0.93 * (out / "model.safetensors").stat().st_size)
+    module = tersor.load(out, budget=f"{budget}B")
+    ranks = {place: op.setting.second.rank for place, op in operators_of(module).items()}
+    assert 1 <= min(ranks.values()) < 12
+    for place, operator in operators_of(whole).items():
+        cut(operator, ranks[place])
+        assert torch.equal(operator.dense(), operators_of(module)[place].dense())
+    module.save_pretrained(again)  # type: ignore[operator]
+    assert 0.97 * budget < (again / "model.safetensors").stat().st_size <= budget
+    assert torch.equal(outputs(tersor.load(again_with_record(again, out)), batches[0]), outputs(module, batches[0]))
+
+
+def test_a_cut_correction_in_full_precision_is_a_fit_of_that_rank(make_metric: Callable[..., Metric]) -> None:
+    weight, metric = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)), make_metric(24, 32)
+    form, setting = FORMS["int+lowrank"], SumSetting(IntSetting(3, None), LowRankSetting(9))
+    operator, small = form.fit(weight, metric, setting), replace(setting, second=LowRankSetting(4))
+    cut(operator, 4)
+    assert operator.setting == small
+    assert torch.equal(operator.dense(), form.fit(weight, metric, small).dense())
 
 
 def test_a_budget_that_it_fits_leaves_it_as_it_is(built: Path, tokens: Callable[..., Any]) -> None:

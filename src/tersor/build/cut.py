@@ -1,7 +1,8 @@
-"""Cutting a built model to a budget as it is loaded: ranks of its low-rank weights, where they matter least.
+"""Cutting a built model to a budget as it is loaded: ranks of its low-rank weights and corrections, the least first.
 
-A fit of a rank holds the fits of all smaller ranks (`forms/lowrank.py`). The artifact keeps, for each such site, what
-every cut is predicted to add; ranks are cut at equal slopes of damage over bytes until the weights file would fit.
+A fit of a rank holds the fits of all smaller ranks (`forms/lowrank.py`), alone or as the second term of a sum. The
+artifact keeps, for each such site, what every cut is predicted to add; ranks are cut at equal slopes of damage over
+bytes until the weights file would fit.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from tersor.build.fits import Fit
 from tersor.build.layers import operators_at
 from tersor.curves.draw import site_metrics
 from tersor.errors import TersorError, UnreachableBudget
-from tersor.forms import LowRankSetting, Operator, cost_of, form_named
-from tersor.forms.lowrank import cut, ranks_within, tails
+from tersor.forms import LowRankSetting, Operator, as_values, cost_of, form_named, stacked
+from tersor.forms.lowrank import cut, low_rank_part, ranks_within, tails
 from tersor.forms.products import ProductOperator
 from tersor.models.files import file_bytes, open_checkpoint
 from tersor.models.sites import Site
@@ -33,15 +34,14 @@ DIGITS = 4  # of the damages in tersor.json, which are predictions
 
 
 def damages_of(run: Run, sites: Sequence[Site], choices: Sequence[Choice], fits: Mapping[str, Fit]) -> dict[str, Any]:
-    """For `tersor.json`: by low-rank site, what a cut to each rank from 0 up is predicted to add, with the gain."""
+    """For `tersor.json`: by site with a rank, what a cut to each from 0 up is predicted to add, with the gain."""
     by_name = {site.name: site for site in sites}
     found = {}
     for choice in choices:
-        if choice.form == FORM:
-            operators, metrics = fits[choice.site].operators, site_metrics(run, by_name[choice.site])
-            parts = [tails(op, m) for op, m in zip(operators, metrics, strict=True)]  # type: ignore[arg-type]
-            added = torch.stack(parts).sum(0)
-            gain = run.gain(choice.site, FORM)
+        if FORM in choice.form.split("+"):  # the fits of others are not read
+            metrics, parts = site_metrics(run, by_name[choice.site]), _parts(fits[choice.site].operators)
+            added = torch.stack([tails(part, m) for part, m in zip(parts, metrics, strict=True)]).sum(0)
+            gain = run.gain(choice.site, choice.form)
             found[choice.site] = [float(f"{gain * d:.{DIGITS}g}") for d in added.tolist()]
     return found
 
@@ -70,21 +70,22 @@ def cut_to(module: nn.Module, folder: Path, record: Mapping[str, Any], budget: s
     damages = record.get("cuts", {})
     if not damages:
         raise TersorError(
-            f"{folder} takes {whole:,} bytes, more than {budget}, and has no weight of the form {FORM!r} that could be "
-            "cut as it is loaded; build it anew for this budget."
+            f"{folder} takes {whole:,} bytes, more than {budget}, and has no weight of the form {FORM!r}, alone or in "
+            "a sum, that could be cut as it is loaded; build it anew for this budget."
         )
     operators = {name: _operators(module, record["sites"][name]) for name in damages}
-    steps = sorted((s for name, ops in operators.items() for s in _steps(name, ops[0], damages[name])), key=_by_slope)
+    parts = {name: _parts(ops) for name, ops in operators.items()}
+    steps = sorted((s for name, made in parts.items() for s in _steps(name, made[0], damages[name])), key=_by_slope)
     stored = open_checkpoint(folder).entries
     entries = {name: (shape, dtype) for name, (_, shape, dtype) in stored.items() if dtype is not None}
-    prefixes = {name: _prefixes(module, ops) for name, ops in operators.items()}
+    prefixes = {name: _prefixes(module, made) for name, made in parts.items()}
 
     def size(count: int) -> int:
         """The file's bytes after so many steps."""
         replaced = dict(entries)
         for name, rank in {step.site: step.rank for step in steps[:count]}.items():
-            for prefix, operator in zip(prefixes[name], operators[name], strict=True):
-                replaced |= {f"{prefix}.{k}": v for k, v in _entries(operator, rank).items()}
+            for prefix, part in zip(prefixes[name], parts[name], strict=True):
+                replaced |= {f"{prefix}.{k}": v for k, v in _entries(part, rank).items()}
         return file_bytes((name, shape, dtype) for name, (shape, dtype) in replaced.items())
 
     least = size(len(steps))
@@ -101,7 +102,7 @@ def cut_to(module: nn.Module, folder: Path, record: Mapping[str, Any], budget: s
     for name, rank in ranks.items():
         for operator in operators[name]:
             cut(operator, rank)
-    _tell(module, ranks)
+    _tell(module, {name: stacked([op.setting for op in operators[name]]) for name in ranks})
     return ranks
 
 
@@ -136,9 +137,13 @@ def _entries(operator: ProductOperator, rank: int) -> dict[str, tuple[tuple[int,
     return {name: (tuple(t.shape), t.dtype) for name, t in empty.state_dict().items()}
 
 
-def _operators(module: nn.Module, site: Mapping[str, Any]) -> list[ProductOperator]:
+def _operators(module: nn.Module, site: Mapping[str, Any]) -> list[Operator]:
     place, parameter = site["places"][0]
-    return operators_at(module, place, parameter)  # type: ignore[return-value]
+    return operators_at(module, place, parameter)
+
+
+def _parts(operators: Sequence[Operator]) -> list[ProductOperator]:
+    return [part for operator in operators if (part := low_rank_part(operator)) is not None]
 
 
 def _prefixes(module: nn.Module, operators: Sequence[Operator]) -> list[str]:
@@ -147,9 +152,9 @@ def _prefixes(module: nn.Module, operators: Sequence[Operator]) -> list[str]:
     return [known[id(operator)] for operator in operators]
 
 
-def _tell(module: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Have the config of a module of transformers say the new ranks, so that it saves as what it is."""
+def _tell(module: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Have the config of a module of transformers say the new settings, so that it saves as what it is."""
     config = getattr(getattr(module, "config", None), "quantization_config", None)
     if config is not None:
-        for name, rank in ranks.items():
-            config.sites[name]["setting"]["rank"] = rank
+        for name, setting in settings.items():
+            config.sites[name]["setting"] = as_values(setting)

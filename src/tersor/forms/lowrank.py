@@ -19,7 +19,7 @@ from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, cost_of
 from tersor.forms.integers import IntForm, IntOperator, IntSetting
 from tersor.forms.packing import pack, unpack
-from tersor.forms.products import HalfOperator, ProductOperator
+from tersor.forms.products import HalfOperator, ProductOperator, SumOperator
 from tersor.metrics import Metric, Side
 
 
@@ -167,16 +167,30 @@ def ranks_within(setting: LowRankSetting) -> list[int]:
     return [rank for rank in ranks if size is None or rank <= size or groups(rank) == size]
 
 
-def cut(operator: ProductOperator, rank: int) -> None:
-    """Keep the first `rank` components of a fit, in place; one of `ranks_within`.
+def low_rank_part(operator: Operator) -> ProductOperator | None:
+    """What of a fit can be cut: itself, or the second term of a sum; None where that has no rank."""
+    if isinstance(operator, SumOperator):
+        return low_rank_part(operator.second)
+    is_low_rank = isinstance(operator, ProductOperator) and isinstance(operator.setting, LowRankSetting)
+    return operator if is_low_rank else None  # type: ignore[return-value]
+
+
+def cut(operator: Operator, rank: int) -> None:
+    """Keep the first `rank` components of the low-rank part of a fit, in place; one of `ranks_within`.
 
     With 16-bit factors this is what a fit of that rank is, to the bit; integers keep the steps they were rounded with.
     """
+    operator._decoded = None
+    if isinstance(operator, SumOperator):
+        cut(operator.second, rank)
+        operator.setting = replace(operator.setting, second=operator.second.setting)
+        return
+    assert isinstance(operator, ProductOperator)
     setting = replace(operator.setting, rank=rank)
     of_left, of_right = (None, None) if setting.bits is None else setting.factors()
     operator.left = _corner(operator.left, (operator.shape[0], rank), of_left)
     operator.right = _corner(operator.right, (rank, operator.shape[1]), of_right)
-    operator.setting, operator._decoded = setting, None
+    operator.setting = setting
 
 
 def _corner(factor: Operator, shape: Shape, setting: IntSetting | None) -> Operator:
