@@ -12,7 +12,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.forms import CodebookForm, CodebookSetting, IntForm, IntSetting, e8
 from tersor.forms.codebook_fit import Book, Scaled, choose, refitted
-from tersor.forms.codebook_kernels import _nearest, nearest
+from tersor.forms.codebook_kernels import _least, _nearest, nearest
 from tersor.metrics import Metric, Side
 
 Maker = Callable[..., Metric]
@@ -69,6 +69,23 @@ def test_codes_are_nearest_where_nothing_is_felt() -> None:
     assert (plain == expected.flatten().numpy()).all()
 
 
+def test_codes_are_the_same_whether_inner_products_are_held_or_made(
+    make_metric: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, entries = torch.randn(30, 40, generator=generator), torch.randn(24, 5, generator=generator)
+    scaled = Scaled.of(weight, make_metric(30, 40), torch.ones(30), torch.ones(40), 5)
+    held = choose(scaled, Book(entries), torch.tensor([0, 9, 24]))
+    monkeypatch.setattr("tersor.forms.codebook_fit.PAIRED", 0)
+    assert torch.equal(choose(scaled, Book(entries), torch.tensor([0, 9, 24])), held)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 21])
+def test_the_least_is_the_first_least(count: int) -> None:
+    for values in np.random.default_rng(0).integers(0, 4, (20, count)).astype(np.float32):
+        assert _least(values) == values.argmin()
+
+
 @pytest.mark.parametrize("dims", [None, 2])
 def test_refitted_entries_are_the_least_squares_solution(dims: int | None, make_metric: Maker) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -78,7 +95,7 @@ def test_refitted_entries_are_the_least_squares_solution(dims: int | None, make_
     codes = torch.randint(4, (12, 6, 1), generator=generator)
     projection = None if dims is None else torch.randn(dims, 4, generator=generator)
     book, offsets = Book(torch.randn(4, dims or 4, generator=generator), projection), torch.tensor([0, 4])
-    for _ in range(8):  # more steps than unknowns
+    for _ in range(20):  # many more steps than unknowns, as each call starts anew
         book = refitted(scaled, codes, book, offsets)
     basis = torch.eye(book.entries.numel()).view(-1, *book.entries.shape)
     seen = [metric.whiten(scaled.values(codes, Book(b, projection).whole, offsets)).flatten() for b in basis]

@@ -22,7 +22,8 @@ from tersor.forms.rounding import FREE_ROWS, TILE, spans
 from tersor.metrics import Metric
 
 SAMPLE, LLOYD = 1 << 15, 12  # vectors and rounds of k-means
-STEPS = 12  # of conjugate gradients
+STEPS = 6  # of conjugate gradients
+PAIRED = 1024  # entries whose inner products are held at once, for every vector of a tile
 # The best step of E8 for a unit Gaussian, by the bits of a stage, and what such a stage leaves (root mean square).
 UNIT_STEPS = {8: 1.65, 12: 1.35, 14: 1.2, 16: 1.0}
 LEAVES = {8: 0.564, 12: 0.435, 14: 0.374, 16: 0.303}
@@ -98,6 +99,12 @@ class Scaled:
         roots = self.column_pivots.clamp_min(0).sqrt().view(self.vectors, 1, self.length)
         return (self.columns.view(self.vectors, self.length, 1) * inner * roots).contiguous()
 
+    @cached_property
+    def importance(self) -> Tensor:
+        """How much each entry of the weight over its scales matters (rows, columns)."""
+        felt = torch.outer(self.row_pivots * self.rows.square(), self.column_pivots * self.columns.square())
+        return felt / felt.mean().clamp_min(1e-30)
+
     def values(self, codes: Tensor, whole: Tensor, offsets: Tensor) -> Tensor:
         """The weight that `codes` (rows, vectors, stages) of `whole` (all, length) entries mean."""
         found = sum(functional.embedding(codes[..., s] + offsets[s], whole) for s in range(codes.shape[-1]))
@@ -145,58 +152,66 @@ def lattice_codes(scaled: Scaled, bits: tuple[int, ...]) -> Iterator[tuple[Tenso
 
 
 def choose(scaled: Scaled, book: Book, offsets: Tensor) -> Tensor:
-    """Codes (rows, vectors, stages), or the doubled points themselves, chosen with feedback tile by tile."""
+    """Codes (rows, vectors, stages), or the doubled points themselves, chosen with feedback tile by tile.
+
+    Tiles go up the rows, then to the columns before, so that what depends on columns alone is made once.
+    """
     from tersor.forms.codebook_kernels import settle
 
     m, weight, lower_o, lower_i = scaled.length, scaled.weight, scaled.lower_rows, scaled.lower_columns
     is_lattice = book.steps is not None
-    entries = book.entries.to(torch.int64) if is_lattice else book.whole.float()
-    seen = (0.5 * entries.float() if is_lattice else entries) @ scaled.seen_as  # (vectors, all, m)
-    seen = seen.transpose(1, 2).contiguous()
+    entries = book.entries.float() if is_lattice else book.whole.float()
     stages = len(offsets) * m if is_lattice else len(offsets) - 1
+    is_paired = not is_lattice and stages > 1 and len(entries) <= PAIRED
     codes = torch.zeros(len(weight), scaled.vectors, stages, dtype=torch.int64)
     steps = book.steps.float() if book.steps is not None else torch.zeros(0)
     roots, alone = scaled.column_pivots.clamp_min(0).sqrt(), torch.zeros(0, 0)
     error, spread = torch.zeros_like(weight), torch.zeros_like(weight)
-    width = max(1, TILE // m) * m
-    for o in spans(len(weight), FREE_ROWS if lower_o is None else TILE):
-        inner_o = alone if lower_o is None else lower_o[o, o].contiguous()
-        below = None if lower_o is None else lower_o[o.stop :, o].T @ spread[o.stop :]
-        for i in spans(weight.shape[1], width):
-            inner_i, of = lower_i[i, i].contiguous(), slice(i.start // m, i.stop // m)
-            later = error[o, i.stop :] @ lower_i[i.stop :, i]
-            external = later if lower_o is None else inner_o.T @ later
-            if below is not None:
-                external = external + below[:, i]
-            metric = (scaled.seen_as[of], *(t[of] for t in scaled.eigen))
-            parts = (external, weight[o, i], scaled.rows[o], scaled.columns[i], *metric)
-            factors = (inner_o, inner_i, roots[i], entries, seen[of], offsets, steps)
+    for i in spans(weight.shape[1], max(1, TILE // m) * m):
+        inner_i, of = lower_i[i, i].contiguous(), slice(i.start // m, i.stop // m)
+        later = error[:, i.stop :] @ lower_i[i.stop :, i]
+        metric = (scaled.seen_as[of], *(t[of] for t in scaled.eigen))
+        seen = ((0.5 if is_lattice else 1.0) * entries @ scaled.seen_as[of]).transpose(1, 2)  # (vectors, m, all)
+        products = seen.mT @ seen if is_paired else torch.zeros(0, 0, 0)
+        looked_up = (entries.T, seen, seen.square().sum(1) / 2, products, offsets, steps)
+        for o in spans(len(weight), FREE_ROWS if lower_o is None else TILE):
+            external, inner_o = later[o], alone
+            if lower_o is not None:
+                inner_o = lower_o[o, o]
+                external = inner_o.T @ external + lower_o[o.stop :, o].T @ spread[o.stop :, i]
+            parts = (external, weight[o, i], scaled.rows[o], scaled.columns[i], *metric, inner_o, inner_i, roots[i])
             made = codes[o, of].contiguous(), error[o, i].contiguous()
-            settle(*(t.contiguous().numpy() for t in (*parts, *factors, *made)))
+            settle(*(t.contiguous().numpy() for t in (*parts, *looked_up, *made)))
             codes[o, of], error[o, i] = made
             if lower_o is not None:
-                spread[o, i] = later + error[o, i] @ inner_i
+                spread[o, i] = later[o] + error[o, i] @ inner_i
     return codes
 
 
 def refitted(scaled: Scaled, codes: Tensor, book: Book, offsets: Tensor) -> Book:
     """The entries that are best for these codes: least squares under the metric, by conjugate gradients."""
+    places = [(codes[..., stage] + offsets[stage]).flatten() for stage in range(codes.shape[-1])]
 
     def expand(entries: Tensor) -> Tensor:
         return scaled.values(codes, replace(book, entries=entries).whole, offsets)
 
-    def gather(felt: Tensor) -> Tensor:
-        """The transpose of `expand`."""
-        vectors = (felt * scaled.columns * scaled.rows[:, None]).view(-1, scaled.length)
-        if book.projection is not None:
-            vectors = vectors @ book.projection.T
+    def gather(felt: Tensor, projection: Tensor | None) -> Tensor:
+        """The sums (all, dims) of what is felt over the vectors that are one entry: the transpose of `expand`."""
+        vectors = felt.view(-1, scaled.length)
+        if projection is not None:
+            vectors = vectors @ projection.T
         found = torch.zeros_like(book.entries)
-        for stage in range(codes.shape[-1]):
-            found.index_add_(0, (codes[..., stage] + offsets[stage]).flatten(), vectors)
+        for at in places:
+            found.index_add_(0, at, vectors)
         return found
 
-    residual = gather(scaled.felt(scaled.weight - expand(book.entries)))
-    entries = conjugate_gradients(book.entries, residual, lambda e: gather(scaled.felt(expand(e))), STEPS)
+    def back(felt: Tensor) -> Tensor:
+        return gather(felt * scaled.columns * scaled.rows[:, None], book.projection)
+
+    diagonal = gather(scaled.importance, None if book.projection is None else book.projection.square())
+    curvature = diagonal.clamp_min(1e-6 * float(diagonal.mean()))
+    residual = back(scaled.felt(scaled.weight - expand(book.entries)))
+    entries = conjugate_gradients(book.entries, residual, lambda e: back(scaled.felt(expand(e))), STEPS, curvature)
     return replace(book, entries=entries)
 
 
@@ -219,8 +234,7 @@ def _learn(scaled: Scaled, bits: tuple[int, ...], dims: int | None) -> Book:
 def _sampled(scaled: Scaled) -> tuple[Tensor, Tensor]:
     """Some vectors (n, length) of the weight over its scales, and how much each of their entries matters."""
     even = scaled.weight / scaled.columns / scaled.rows[:, None]
-    felt = torch.outer(scaled.row_pivots * scaled.rows.square(), scaled.column_pivots * scaled.columns.square())
-    vectors, importance = (t.view(-1, scaled.length) for t in (even, felt / felt.mean().clamp_min(1e-30)))
+    vectors, importance = (t.view(-1, scaled.length) for t in (even, scaled.importance))
     if len(vectors) > SAMPLE:
         chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:SAMPLE]
         vectors, importance = vectors[chosen], importance[chosen]

@@ -31,6 +31,8 @@ def settle(
     roots: Array,
     entries: Array,
     seen: Array,
+    norms: Array,
+    gram: Array,
     offsets: Array,
     steps: Array,
     codes: Array,
@@ -41,13 +43,15 @@ def settle(
     `external` (rows, columns) is what errors outside of the tile add, `roots` (columns,) roots of the column pivots,
     `seen_as` (vectors, m, m) how the metric sees a vector of a row in units of its scales. With `seen_as = T`,
     `energies` (vectors, m) are the eigenvalues of `T T^T`, `back` its eigenvectors `V` and `onto` is `T^T V`. Without
-    `steps`, `codes` (rows, vectors, stages) number `entries` (all, m), which are seen as `seen` (vectors, m, all);
+    `steps`, `codes` (rows, vectors, stages) number `entries` (m, all), which are seen as `seen` (vectors, m, all);
     those of stage `s` start at `offsets[s]`. With `steps` (stages,) `codes` (rows, vectors, stages m) are doubled
-    points of E8 of squared norms of at most `offsets[s]`, and `entries` the doubled points next to zero.
+    points of E8 of squared norms of at most `offsets[s]`, and `entries` the doubled points next to zero. `norms`
+    (vectors, all) are the halved squared norms of `seen`, `gram` (vectors, all, all) its inner products, or empty.
     """
     rows, m = weight.shape[0], seen_as.shape[1]
-    along, moved = np.empty((rows, m), weight.dtype), np.empty((rows, m), weight.dtype)
+    along, moved = np.empty((m, rows), weight.dtype), np.empty((m, rows), weight.dtype)
     z, made = np.empty(m, weight.dtype), np.empty(m, weight.dtype)
+    none = np.empty((0, 0), weight.dtype)
     for j in range(len(seen_as) - 1, -1, -1):
         start, stop = j * m, (j + 1) * m
         for i in range(rows):
@@ -55,53 +59,101 @@ def settle(
                 total = weight.dtype.type(0)
                 for b in range(stop, weight.shape[1]):
                     total += error[i, b] * lower_i[b, start + c]
-                along[i, c] = total
-                moved[i, c] = external[i, start + c] + total
+                along[c, i] = total
+                moved[c, i] = external[i, start + c] + total
         for i in range(rows - 1, -1, -1):
             for c in range(m):
-                total = moved[i, c]
+                total = moved[c, i]
                 for b in range(c, m):
                     total += weight[i, start + b] * lower_i[start + b, start + c]
                 z[c] = total * roots[start + c] / row_scales[i]
             made[:] = 0
             if len(steps):
                 eigen = energies[j], onto[j], back[j]
-                _lattice_stages(z, seen_as[j], *eigen, entries, seen[j], offsets, steps, codes[i, j], made)
+                _lattice_stages(z, seen_as[j], *eigen, entries, seen[j], norms[j], offsets, steps, codes[i, j], made)
             else:
-                _learned_stages(z, entries, seen[j], offsets, codes[i, j], made)
+                products = gram[j] if len(gram) else none
+                _learned_stages(z, entries, seen[j], norms[j], products, offsets, codes[i, j], made)
             for c in range(m):
                 error[i, start + c] = weight[i, start + c] - made[c] * row_scales[i] * column_scales[start + c]
             if len(lower_o):
                 for c in range(m):
-                    felt = along[i, c]
+                    felt = along[c, i]
                     for b in range(c, m):
                         felt += error[i, start + b] * lower_i[start + b, start + c]
                     for k in range(i):
-                        moved[k, c] += felt * lower_o[i, k]
+                        moved[c, k] += felt * lower_o[i, k]
 
 
 @_compiled
-def _learned_stages(z: Array, entries: Array, seen: Array, offsets: Array, codes: Array, made: Array) -> None:
-    """Stage after stage the entry nearest to what is left of `z`, then each again given the others."""
+def _learned_stages(
+    z: Array, entries: Array, seen: Array, norms: Array, gram: Array, offsets: Array, codes: Array, made: Array
+) -> None:
+    """Stage after stage the entry nearest to what is left of `z`, then each again given the others, until none changes.
+
+    Half of `|z - sum_s x_s|^2` is, but for what stage `s` does not change, `|x_s|^2 / 2 - z x_s + sum_t x_t x_s`.
+    """
     stages = len(offsets) - 1
-    distances = np.empty(seen.shape[1], z.dtype)
+    alone, given = norms.copy(), np.empty_like(norms)
+    _take_products(alone, z, seen)
     for turn in range(1 if stages == 1 else 1 + AGAIN):
+        changed = False
         for s in range(stages):
             first, last = offsets[s], offsets[s + 1]
-            if turn > 0:
-                for c in range(len(z)):
-                    z[c] += seen[c, first + codes[s]]
-            distances[first:last] = 0
-            for c in range(len(z)):
-                here = z[c]
-                for k in range(first, last):
-                    distances[k] += (here - seen[c, k]) * (here - seen[c, k])
-            codes[s] = np.argmin(distances[first:last])
-            for c in range(len(z)):
-                z[c] -= seen[c, first + codes[s]]
+            distances = given[first:last]
+            distances[:] = alone[first:last]
+            for t in range(stages if turn > 0 else s):
+                if t != s:
+                    _add_products(distances, seen, gram, offsets[t] + codes[t], first)
+            best = _least(distances)
+            changed = changed or turn == 0 or best != codes[s]
+            codes[s] = best
+        if not changed:
+            break
     for s in range(stages):
         for c in range(len(z)):
-            made[c] += entries[offsets[s] + codes[s], c]
+            made[c] += entries[c, offsets[s] + codes[s]]
+
+
+@_compiled
+def _add_products(distances: Array, seen: Array, gram: Array, code: int, first: int) -> None:
+    """Add the inner products of entry `code` with those from `first` on."""
+    if len(gram):
+        for k in range(len(distances)):
+            distances[k] += gram[code, first + k]
+        return
+    _take_products(distances, -seen[:, code], seen[:, first:])
+
+
+@_compiled
+def _take_products(distances: Array, z: Array, seen: Array) -> None:
+    """Take `z seen` from the distances, for `z` (m,) and `seen` (m, all), four coordinates at a time."""
+    whole = len(z) // 4 * 4
+    for c in range(0, whole, 4):
+        z0, z1, z2, z3 = z[c], z[c + 1], z[c + 2], z[c + 3]
+        for k in range(len(distances)):
+            distances[k] -= (z0 * seen[c, k] + z1 * seen[c + 1, k]) + (z2 * seen[c + 2, k] + z3 * seen[c + 3, k])
+    for c in range(whole, len(z)):
+        here = z[c]
+        for k in range(len(distances)):
+            distances[k] -= here * seen[c, k]
+
+
+@_compiled
+def _least(v: Array) -> int:
+    """The first place of the smallest value: that of the eight in which it stands, and then its own."""
+    whole, best, at = len(v) // 8 * 8, v.dtype.type(np.inf), 0
+    for k in range(0, whole, 8):
+        left = min(min(v[k], v[k + 1]), min(v[k + 2], v[k + 3]))
+        right = min(min(v[k + 4], v[k + 5]), min(v[k + 6], v[k + 7]))
+        if min(left, right) < best:
+            best, at = min(left, right), k
+    for k in range(whole, len(v)):
+        if v[k] < best:
+            best, at = v[k], k
+    while at < len(v) - 1 and v[at] > best:
+        at += 1
+    return at
 
 
 @_compiled
@@ -113,6 +165,7 @@ def _lattice_stages(
     back: Array,
     near: Array,
     near_seen: Array,
+    norms: Array,
     radii: Array,
     steps: Array,
     codes: Array,
@@ -121,6 +174,7 @@ def _lattice_stages(
     """Stage after stage a point near to what is left of `z`: the nearest as it lies, then the best next to it."""
     m = len(z)
     u, point, other = np.empty(m, z.dtype), np.empty(m, np.int64), np.empty(m, np.int64)
+    distances, size = np.empty(len(norms), z.dtype), np.empty(len(norms), z.dtype)
     for s in range(len(steps)):
         half, pull = z.dtype.type(0.5) * steps[s], z.dtype.type(0)
         _pulled(z, energies, onto, back, pull, u)
@@ -132,19 +186,18 @@ def _lattice_stages(
         for c in range(m):
             for b in range(c, m):
                 z[c] -= half * point[b] * seen_as[b, c]
-        best, chosen = z.dtype.type(np.inf), 0
-        for k in range(len(near)):
-            norm = 0
-            distance = z.dtype.type(0)
-            for c in range(m):
-                norm += (point[c] + near[k, c]) ** 2
-                gap = z[c] - steps[s] * near_seen[c, k]
-                distance += gap * gap
-            if distance < best and norm <= 4 * radii[s]:
-                best, chosen = distance, k
+        distances[:] = steps[s] * norms
+        _take_products(distances, z, near_seen)
+        size[:] = 0
+        for c in range(m):
+            for k in range(len(norms)):
+                size[k] += (point[c] + near[c, k]) ** 2
+        for k in range(len(norms)):
+            distances[k] = distances[k] if size[k] <= 4 * radii[s] else np.inf
+        chosen = _least(distances)
         for c in range(m):
             z[c] -= steps[s] * near_seen[c, chosen]
-            codes[s * m + c] = point[c] + near[chosen, c]
+            codes[s * m + c] = point[c] + np.int64(near[c, chosen])
             made[c] += half * codes[s * m + c]
 
 
@@ -197,5 +250,5 @@ def nearest(vectors: Array, importance: Array, centres: Array) -> Array:
             here, weight = vectors[i, c], importance[i, c]
             for k in range(len(distances)):
                 distances[k] += weight * (here - centres[c, k]) * (here - centres[c, k])
-        found[i] = np.argmin(distances)
+        found[i] = _least(distances)
     return found
