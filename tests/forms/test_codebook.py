@@ -87,7 +87,9 @@ def test_the_least_is_the_first_least(count: int) -> None:
 
 
 @pytest.mark.parametrize("dims", [None, 2])
-def test_refitted_entries_are_the_least_squares_solution(dims: int | None, make_metric: Maker) -> None:
+def test_refitted_entries_are_the_least_squares_solution(
+    dims: int | None, make_metric: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, metric = torch.randn(12, 24, generator=generator), make_metric(12, 24)
     rows, columns = (0.5 + torch.rand(n, generator=generator) for n in (12, 24))
@@ -95,7 +97,8 @@ def test_refitted_entries_are_the_least_squares_solution(dims: int | None, make_
     codes = torch.randint(4, (12, 6, 1), generator=generator)
     projection = None if dims is None else torch.randn(dims, 4, generator=generator)
     book, offsets = Book(torch.randn(4, dims or 4, generator=generator), projection), torch.tensor([0, 4])
-    for _ in range(20):  # many more steps than unknowns, as each call starts anew
+    monkeypatch.setattr("tersor.forms.codebook_fit.STEPS", 24)  # more than unknowns
+    for _ in range(4):
         book = refitted(scaled, codes, book, offsets)
     basis = torch.eye(book.entries.numel()).view(-1, *book.entries.shape)
     seen = [metric.whiten(scaled.values(codes, Book(b, projection).whole, offsets)).flatten() for b in basis]

@@ -22,7 +22,7 @@ from tersor.forms.rounding import FREE_ROWS, TILE, spans
 from tersor.metrics import Metric
 
 SAMPLE, LLOYD = 1 << 15, 12  # vectors and rounds of k-means
-STEPS = 6  # of conjugate gradients
+STEPS = 4  # of conjugate gradients
 PAIRED = 1024  # entries whose inner products are held at once, for every vector of a tile
 # The best step of E8 for a unit Gaussian, by the bits of a stage, and what such a stage leaves (root mean square).
 UNIT_STEPS = {8: 1.65, 12: 1.35, 14: 1.2, 16: 1.0}
@@ -121,15 +121,17 @@ class Scaled:
 def learned_codes(
     scaled: Scaled, bits: tuple[int, ...], dims: int | None, rounds: int
 ) -> Iterator[tuple[Tensor, Book]]:
-    """Codes (rows, vectors, stages) with their entries, iterate after iterate, the better the later as a rule."""
+    """Codes (rows, vectors, stages) with their entries, iterate after iterate, the better the later as a rule.
+
+    Codes that are chosen anew for refitted entries do worse than those did until entries are refitted to them as well.
+    """
     book = _learn(scaled, bits, dims)
     offsets = torch.tensor([0, *np.cumsum([2**b for b in bits])])
     codes = choose(scaled, book, offsets)
     yield codes, book
-    for _ in range(rounds):
+    for again in range(rounds and rounds + 1):
+        codes = choose(scaled, book, offsets) if again else codes
         book = refitted(scaled, codes, book, offsets)
-        yield codes, book
-        codes = choose(scaled, book, offsets)
         yield codes, book
 
 
