@@ -33,8 +33,8 @@ OCTAVES = 16.0  # codes of scales to an octave
 class CodebookSetting:
     """`bits` of the code of every stage, for vectors of `length`; `dims` fewer dimensions in which entries are kept.
 
-    With `rounds` above 0 entries are refitted to the codes that were chosen, and both are chosen anew so many times. With
-    `lattice` the codebooks are points of E8, for vectors of eight.
+    With `rounds` above 0 entries are refitted to the codes that were chosen, and both are improved so many times more.
+    With `lattice` the codebooks are points of E8, for vectors of eight.
     """
 
     bits: tuple[int, ...]
