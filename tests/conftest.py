@@ -31,6 +31,27 @@ def long(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--long"))
 
 
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Keeps a line with what a test counted, to be shown at the end of the session whichever process ran it."""
+    return lambda line: record_property("counted", line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    found = [
+        (report.nodeid, value)
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "counted"
+    ]
+    if found:
+        terminalreporter.section("what was counted")
+    for node, value in sorted(found):
+        terminalreporter.write_line(f"{node.rpartition('/')[2]}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)

@@ -1,124 +1,102 @@
 """A study and a build meet a fault at their writes, one after the other; given again, they make the same artifact.
 
-A write is a file before its rename, a rename, or a transaction. Every seventh meets each fault here, every one of them
-in `script/test --long`.
+What a write is, and how one goes wrong, says `faulty.py`. Some of the writes meet each fault here, every one of them in
+`script/test --long`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import resource
 import shutil
-import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty import WAYS, Faults, Killed
 from safetensors.torch import load_file
 
 from tersor.errors import TersorError
-from tersor.models import files
 from tersor.run import Run
-from tersor.steps import build_plan, open_study, study
-from tiny_models import small_net
+from tersor.steps import build_plan, open_study, reopen, study
+from tiny_models import small_net, write_model, write_texts
 from tiny_models import vector_batches as batches
 
-ARTIFACT = ("model.safetensors", "tersor.json")
+SIZES = (0, 1 << 10, 30 << 10)  # bytes that no file may pass
 
 
-class Killed(BaseException):
-    """Ends the process as far as the code under test can tell: nothing is tidied up after it."""
+class Module:
+    """The study of a module in memory, and a build of it."""
+
+    every = 16  # so many writes lie between two that meet a fault, but in a long run
+
+    def __init__(self, home: Path, quick: dict[str, Any]) -> None:
+        self.quick = quick
+
+    def begin(self, folder: Path) -> None:
+        """What is there before the work begins."""
+
+    def do(self, folder: Path) -> None:
+        opened = study(small_net(), batches(), folder / "run", **self.quick)
+        build_plan(opened, opened.plan("5bits"), folder / "out", workers=1)
+        opened.run.close()
+
+    def made(self, folder: Path) -> dict[str, bytes]:
+        """Do the work and return the files of its artifact."""
+        self.do(folder)
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "out").rglob("*")) if p.is_file()}
 
 
-class Faults:
-    """Counts writes and lets the one of number `at` fail in a way."""
+class Checkpoint(Module):
+    """A build in shards of a checkpoint that stays on disk, where an artifact in one file lies already."""
 
-    def __init__(self, at: int | None = None, how: str = "") -> None:
-        self.at, self.how, self.count, self.dead = at, how, 0, False
+    every = 20
 
-    def meet(self, partly: Callable[[], Any] = lambda: None) -> None:
-        """One write more; `partly` does half of it."""
-        self.count += 1
-        if self.count - 1 != self.at:
-            return
-        if self.how == "short":
-            partly()
-        if self.how == "killed":
-            partly()
-            self.dead = True
-            raise Killed
-        raise OSError(errno.EIO if self.how == "io" else errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def __init__(self, home: Path, quick: dict[str, Any]) -> None:
+        pytest.importorskip("transformers")
+        write_model(home / "model", intermediate_size=96)
+        write_texts(home / "text.txt", 8, 0)
+        self.before = home / "before"
+        options = {**quick, "exclude": ["*self_attn*"], "sequence_length": 16, "memory": "4GB"}
+        opened = study(home / "model", home / "text.txt", self.before / "run", **options)
+        build_plan(opened, opened.plan("8bits"), self.before / "out", workers=1)
+        opened.run.close()
 
-    @contextmanager
-    def installed(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            replace, write, save, text = os.replace, Run._write, files.save_file, Path.write_text
+    def begin(self, folder: Path) -> None:
+        shutil.copytree(self.before, folder)
 
-            def replacing(source: Any, target: Any) -> None:
-                self.meet()
-                replace(source, target)
-
-            def saving(tensors: Any, path: Any, metadata: Any) -> None:
-                save(tensors, path, metadata)
-                self.meet(lambda: os.truncate(path, os.path.getsize(path) // 2))
-
-            def writing(path: Path, content: str, **rest: Any) -> int:
-                self.meet(lambda: text(path, content[: len(content) // 2], **rest))
-                return text(path, content, **rest)
-
-            @contextmanager
-            def transaction(run: Run) -> Iterator[sqlite3.Connection]:
-                with write(run) as db:
-                    try:
-                        self.meet()
-                    except OSError as error:
-                        raise sqlite3.OperationalError(f"database or disk is full ({error})") from error
-                    yield db
-
-            patch.setattr(files.os, "replace", replacing)
-            patch.setattr(files, "save_file", saving)
-            patch.setattr(Path, "write_text", writing)
-            patch.setattr(Run, "_write", transaction)
-            patch.setattr(Path, "unlink", self._unless_dead(Path.unlink))
-            patch.setattr(shutil, "rmtree", self._unless_dead(shutil.rmtree))
-            yield
-
-    def _unless_dead(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: None if self.dead else function(*args, **kwargs)
+    def do(self, folder: Path) -> None:
+        opened = reopen(folder / "run", memory="4GB")
+        build_plan(opened, opened.plan("10bits"), folder / "out", workers=1, shard_size="50KB")
+        opened.run.close()
 
 
-def made(folder: Path, quick: dict[str, Any]) -> dict[str, bytes]:
-    """Study and build, and the bytes of the artifact."""
-    opened = study(small_net(), batches(), folder / "run", **quick)
-    plan = opened.plan("5bits")
-    build_plan(opened, plan, folder / "out", workers=1)
-    opened.run.close()
-    return {name: (folder / "out" / name).read_bytes() for name in ARTIFACT}
-
-
+@pytest.mark.parametrize("kind", [Module, Checkpoint])
 def test_every_fault_is_survived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: dict[str, Any], long: bool
-) -> None:
-    counting = Faults()
+    kind: type[Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: dict[str, Any], long: bool,
+    counted: Callable[[str], None],
+) -> None:  # fmt: skip
+    work, counting, every = kind(tmp_path, quick), Faults(tmp_path / "whole"), 1 if long else kind.every
+    work.begin(tmp_path / "whole")
     with counting.installed(monkeypatch):
-        whole = made(tmp_path / "whole", quick)
-    assert counting.count > 40
+        whole = work.made(tmp_path / "whole")
+    assert counting.count > 40 and not counting.unseen()
     injected = compared = 0
-    for how in ("full", "io", "short", "killed"):
-        for at in range(0, counting.count, 1 if long else 7):
+    for number, how in enumerate(WAYS):
+        for at in {*range(number * every // len(WAYS), counting.count, every), counting.last_rename}:
             folder = tmp_path / f"{how}-{at}"
-            faults = Faults(at, how)
+            work.begin(folder)
+            faults = Faults(folder, at, how)
             with faults.installed(monkeypatch), pytest.raises(Killed if how == "killed" else TersorError):
-                made(folder, quick)
+                work.do(folder)
             injected += 1
             _nothing_is_half_written(folder, strays=how == "killed")
-            assert made(folder, quick) == whole, f"write {at} of {counting.count}, {how}"
+            assert work.made(folder) == whole, f"{faults.what}, {at} of {counting.count}, {how}"
             assert not list(folder.rglob(".*.tmp"))
             compared += sum(map(len, whole.values()))
             shutil.rmtree(folder)
-    print(f"{injected} faults at {counting.count} writes, {compared:,} bytes compared")
+    counted(f"{injected} faults at {counting.count} writes, {compared:,} bytes compared")
 
 
 def _nothing_is_half_written(folder: Path, *, strays: bool) -> None:
@@ -130,7 +108,24 @@ def _nothing_is_half_written(folder: Path, *, strays: bool) -> None:
         if path.suffix == ".safetensors":
             load_file(path)
     if (folder / "out" / "tersor.json").exists():
-        assert (folder / "out" / "model.safetensors").exists()
+        assert list((folder / "out").glob("model*.safetensors"))
+
+
+def test_files_that_may_not_grow(quick: dict[str, Any], tmp_path: Path, counted: Callable[[str], None]) -> None:
+    """The system itself refuses to let a file grow beyond a size, whoever writes it."""
+    work, usual = Module(tmp_path, quick), resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = work.made(tmp_path / "whole")
+    for size in SIZES:
+        folder = tmp_path / str(size)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+        try:
+            with pytest.raises(TersorError):
+                work.do(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        _nothing_is_half_written(folder, strays=False)
+        assert work.made(folder) == whole
+    counted(f"{len(SIZES)} sizes that no file may pass, {len(SIZES) * sum(map(len, whole.values())):,} bytes compared")
 
 
 def test_a_second_process_is_told_who_works(quick: dict[str, Any], tmp_path: Path) -> None:

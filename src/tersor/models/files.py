@@ -270,10 +270,11 @@ def temporary_of(path: Path) -> Path:
 
 @contextmanager
 def staged(folder: Path, last: str) -> Iterator[Path]:
-    """A temporary folder beside `folder`, whose files move there when all of them are whole, `last` at the end.
+    """A temporary folder beside `folder`, which takes its name when all of its files are whole.
 
-    Weight files that were there before and have other names are removed. A failure leaves nothing behind; one of the
-    disk is raised as a TersorError.
+    Where there is such a folder already, the files move there, `last` at the end; weight files that were there before
+    and have other names are removed. A failure leaves nothing behind, one between two of those moves the rest of the
+    old files with their `last`; one of the disk is raised as a TersorError.
     """
     folder = folder.resolve()
     temporary = temporary_of(folder)
@@ -281,20 +282,30 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         _remove_abandoned(folder)
         temporary.mkdir(parents=True)
         yield temporary
-        files = [path for path in temporary.rglob("*") if path.is_file()]
-        known = {path.name for path in files}
-        stale = [path for path in _weights_in(folder) if path.name not in known]
-        for path in sorted(files, key=lambda p: (p.name == last, p)):
-            if path.name == last:
-                for old in stale:
-                    old.unlink()
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+        if folder.is_dir() and any(folder.iterdir()):
+            _merge(temporary, folder, last)
+        else:  # at once, so that no failure leaves some of the files, which would be no artifact to write over
+            if folder.is_dir():
+                folder.rmdir()
+            os.replace(temporary, folder)
     except OSError as error:
         raise TersorError(f"{folder} could not be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _merge(temporary: Path, folder: Path, last: str) -> None:
+    """Move the files of one folder to another; the old file of the name `last` stands until all others are there."""
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    known = {path.name for path in files}
+    stale = [path for path in _weights_in(folder) if path.name not in known]
+    for path in sorted(files, key=lambda p: (p.name == last, p)):
+        if path.name == last:
+            for old in stale:
+                old.unlink()
+        target = folder / path.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
 
 
 def _weights_in(folder: Path) -> list[Path]:
