@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tersor.data import Data
+from tersor.errors import TersorError
 from tersor.models import open_model
+from tersor.models.files import write_safetensors
 from tersor.models.module import ModuleModel
-from tersor.models.passage import by_stretches
+from tersor.models.passage import Spool, by_stretches
 from tiny_models import draw_model, token_batches
 
 
@@ -75,3 +78,43 @@ def test_a_model_that_is_no_chain_runs_as_a_whole(tmp_path: Path) -> None:
         expected = [model.outputs(batch) for batch in batches]
         with by_stretches(model, batches, tmp_path / "spool") as found:
             assert all(torch.equal(found.outputs(b), e) for b, e in zip(batches, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "context"),
+    [
+        ("collections.defaultdict",
+         {"default_factory_module": "hostile", "default_factory_name": "run", "dict_context": []}),
+        ("builtins.dict", '[{"__enum__": true, "fqn": "hostile:run", "name": "x"}]'),
+    ],
+)  # fmt: skip
+def test_a_tree_that_names_code_imports_none(
+    kind: str, context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostile.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    spool = Spool(tmp_path / "spool", "key")
+    spool.put("x", 0, [torch.ones(2)])
+    spool.mark("begun")
+    (path,) = (tmp_path / "spool").glob("*.safetensors")
+    tree = json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
+    write_safetensors(path, {}, {"tree": tree, "leaves": "[]"})
+    with pytest.raises(TersorError, match="names code"):
+        Spool(tmp_path / "spool", "key").get("x", 0)
+
+
+def test_a_spool_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", "key")
+    spool.put("x", 0, [torch.ones(2)])
+    spool.mark("begun")
+    (path,) = (tmp_path / "spool").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(TersorError, match=rf"{path.name} is damaged"):
+        Spool(tmp_path / "spool", "key").get("x", 0)
+
+
+def test_what_text_cannot_tell_stays_in_memory(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", "key")
+    spool.put("x", 0, defaultdict(list, a=torch.ones(2)))
+    spool.mark("begun")
+    assert torch.equal(spool.get("x", 0)["a"], torch.ones(2)) and not spool.is_begun

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from tersor.foreign import check, read_json, understood
+from tersor.foreign import check, read_header, read_json, understood
 from tersor.models.files import read_tensors, write_safetensors, write_text
 from tersor.models.model import Batch, Model, size_of
 from tersor.models.ondemand import held, is_on_demand, units_of
@@ -257,6 +257,7 @@ class Spool:
         kept = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
             metadata = {"tree": treespec_dumps(spec), "leaves": json.dumps(kept)}
+            _refuse_code(json.loads(metadata["tree"])[1])
         except (NotImplementedError, TypeError, ValueError):  # by PyTorch or JSON: a tree that text cannot tell
             metadata, self._lasts = {}, False
             self._done.unlink(missing_ok=True)
@@ -286,9 +287,26 @@ class Spool:
 
 def _tree_of(path: Path) -> tuple[list[Any], TreeSpec]:
     """What another process kept beside the tensors of a file."""
+    read_header(path)
     with understood(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        return json.loads(metadata["leaves"]), treespec_loads(metadata["tree"])
+        leaves, tree = json.loads(metadata["leaves"]), metadata["tree"]
+        _refuse_code(json.loads(tree)[1])
+        spec = treespec_loads(tree)
+        if not isinstance(leaves, list) or len(leaves) != spec.num_leaves:
+            raise ValueError("its tree has other leaves")
+        return leaves, spec
+
+
+def _refuse_code(node: dict[str, Any]) -> None:
+    """Raise ValueError for a tree that names modules, which PyTorch would import: of enumerations and default dicts.
+
+    They stand in objects; other trees have lists of keys, or names.
+    """
+    if "{" in str(node["context"]):
+        raise ValueError("its tree names code")
+    for child in node["children_spec"]:
+        _refuse_code(child)
 
 
 def _leaf(value: Any, requires_grad: bool) -> Any:
