@@ -19,6 +19,7 @@ import tersor
 from tersor.build import operators_of
 from tersor.errors import TersorError
 from tersor.export import export
+from tersor.export.export import RECORD, _check_target
 from tersor.export.grids import words
 from tersor.forms import Operator, as_values
 from tersor.steps import compress
@@ -251,3 +252,10 @@ def test_a_folder_of_something_else_is_left_alone(artifact: Callable[..., Path],
         export(out, "dense", out)
     with pytest.raises(TersorError, match="no format 'awq'"):
         export(out, "awq", tmp_path / "other")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '["target"]', "3", '{"target": ["gptq"]}'])
+def test_a_record_that_is_none_of_an_export_is_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(text)
+    with pytest.raises(TersorError, match="is no export to gptq"):
+        _check_target(tmp_path, "gptq")

@@ -23,7 +23,7 @@ from tersor.build.load import load
 from tersor.errors import TersorError
 from tersor.export import compressed, gptq
 from tersor.export.grids import Grid, held_by
-from tersor.foreign import understood
+from tersor.foreign import read_json, understood
 from tersor.forms.integers import IntOperator
 from tersor.models.config import quiet_transformers, read_config
 from tersor.models.files import WEIGHTS, copy_beside, open_checkpoint, staged, weights_of, write_text, write_weights
@@ -104,8 +104,8 @@ def _check_target(folder: Path, to: str) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        known = json.loads((folder / RECORD).read_text(encoding="utf8"))["target"]
-    except (OSError, ValueError, KeyError, TypeError):
+        known = read_json(folder / RECORD)["target"]
+    except (OSError, TersorError, KeyError, TypeError, IndexError):
         known = None
     if known != to:
         raise TersorError(f"{folder} exists and is no export to {to}; choose another folder.")
