@@ -204,3 +204,13 @@ def test_include_and_exclude(conv_net: Nets, tmp_path: Path) -> None:
     for patterns in ({"include": ["conv*"]}, {"exclude": ["point", "typo*"]}):
         with pytest.raises(TersorError, match="matches no site; site names look like grouped"):
             names(**patterns)
+
+
+def test_a_model_that_is_one_layer(tmp_path: Path, quick: dict[str, Any]) -> None:
+    made, original = (nn.Linear(64, 64) for _ in range(2))
+    original.load_state_dict(made.state_dict())
+    found = compress(made, [torch.randn(16, 64) for _ in range(4)], "30%", tmp_path / "out", **quick)
+    inputs = torch.randn(3, 64)
+    outputs = tersor.load(tmp_path / "out", copy.deepcopy(original))(inputs)
+    assert torch.equal(outputs, found.study.model.module(inputs))
+    assert float((outputs - original(inputs)).norm() / original(inputs).norm()) < 0.15

@@ -233,7 +233,8 @@ def install(module: nn.Module, site: Site, operators: list[Operator]) -> None:
     for number, (name, parameter_name) in enumerate(site.places):
         owner = module.get_submodule(name)
         borrowed = number > 0
-        replacement = None if site.stack > 1 else layer_for(owner, operators[0], borrowed, dtype)
+        replaceable = site.stack == 1 and name  # a model that is one layer stays itself
+        replacement = layer_for(owner, operators[0], borrowed, dtype) if replaceable else None
         if replacement is not None:
             replacement.kept = _Kept(owner, dtype)
             parent, _, attribute = name.rpartition(".")

@@ -139,9 +139,9 @@ def _prefix(module: nn.Module, site: Site) -> str:
     """The name under which `install` puts the operators of a site: in a layer of ours, or in a stand-in."""
     place = site.places[0][0]
     operator = Operator(site.shape, None)  # type: ignore[arg-type]
-    replaced = site.stack == 1 and layer_for(module.get_submodule(place), operator, False, site.dtype) is not None
-    name = f"{place}.operator" if replaced else f"{site.parameter_name}.operators.{{}}"
-    return name.removeprefix(".")
+    owner, replaceable = module.get_submodule(place), site.stack == 1 and place
+    replaced = replaceable and layer_for(owner, operator, False, site.dtype) is not None
+    return f"{place}.operator" if replaced else f"{site.parameter_name}.operators.{{}}"
 
 
 def distinct_state(module: nn.Module) -> dict[str, Tensor]:
