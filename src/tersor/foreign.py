@@ -21,6 +21,7 @@ LARGEST_JSON = 1 << 26  # bytes of a JSON file or of a header; an index of a mil
 DEEPEST = 32  # lists and objects within each other
 MOST_DIMENSIONS = 16
 SHOWN = 80  # characters of a wrong value that a sentence shows
+LISTED = 8  # names that a sentence shows
 BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
     "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -68,7 +69,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except (_Bad, OSError) as error:
-        raise TersorError(f"{path} cannot be read as JSON: {_reason(error)}.") from error
+        raise TersorError(f"{path} cannot be read as JSON: {reason_of(error)}.") from error
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -82,7 +83,7 @@ def _parsed(text: str | bytes) -> Any:
     except UnicodeDecodeError as error:
         raise _Bad(f"byte {error.start} is no UTF-8") from error
     except ValueError as error:
-        raise _Bad(_reason(error)) from error
+        raise _Bad(reason_of(error)) from error
     _check_depth(value)
     if "\\ud" in text or "\\uD" in text:
         try:
@@ -198,7 +199,7 @@ def read_header(path: Path) -> dict[str, Part]:
             text = file.read(length)
         return _parts(_parsed(text), size - 8 - length)
     except (_Bad, OSError) as error:
-        raise TersorError(f"{path} is damaged or no safetensors file: {_reason(error)}.") from error
+        raise TersorError(f"{path} is damaged or no safetensors file: {reason_of(error)}.") from error
 
 
 def _parts(header: Any, data: int) -> dict[str, Part]:
@@ -249,7 +250,7 @@ def refuse_links(folder: Path) -> None:
             if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
                 raise TersorError(f"{path} is a link that leads out of {folder}; put the file itself in its place.")
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
-        raise TersorError(f"{folder} cannot be read: {_reason(error)}.") from error
+        raise TersorError(f"{folder} cannot be read: {reason_of(error)}.") from error
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -269,7 +270,7 @@ def understood(file: Path | str, advice: str = "") -> Iterator[None]:
     except WRONG as error:
         if "memory" in str(error):
             raise
-        raise TersorError(f"{file} is damaged: {_reason(error)}{advice}.") from error
+        raise TersorError(f"{file} is damaged: {reason_of(error)}{advice}.") from error
 
 
 def _regular(path: Path) -> int:
@@ -280,10 +281,20 @@ def _regular(path: Path) -> int:
     return found.st_size
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of an error as part of a sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines: Sequence[str] = str(error).splitlines() or [type(error).__name__]
     text = f"there is no {lines[0]}" if isinstance(error, KeyError) else lines[0]
-    return "".join(c if c.isprintable() else "?" for c in text[:300]).rstrip(".")
+    return _printable(text[:300]).rstrip(".")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names of a file as part of a sentence."""
+    found = [_printable(name[: SHOWN // 2]) for name in names]
+    return ", ".join([*found[:LISTED], *(["..."] if len(found) > LISTED else [])]) or "none"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -100,3 +100,12 @@ def test_fingerprints_tell_data_apart() -> None:
     prints = [fingerprint_of(b) for b in ([{"a": x}], [{"a": x + 1}], [{"a": x.view(2, 3)}], [{"a": x.long()}], [])]
     assert len(set(prints)) == 5
     assert fingerprint_of([{"a": x.clone()}]) == prints[0]
+
+
+def test_what_a_damaged_database_says_is_one_line(tmp_path: Path) -> None:
+    Run(tmp_path / "run", create=True).close()
+    path = tmp_path / "run" / "run.db"
+    path.write_bytes(path.read_bytes().replace(b"resident", b"resi\xffent", 1))
+    with pytest.raises(TersorError, match="cannot be opened as a run") as caught:
+        Run(tmp_path / "run")
+    assert str(caught.value).isprintable()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tersor.errors import TersorError
-from tersor.foreign import parse_json, read_header, refuse_links
+from tersor.foreign import listed, parse_json, read_header, reason_of, refuse_links
 
 LARGE, RATIO = 1 << 28, 100  # bytes from which a file may not hold more than so many times what it takes
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -83,7 +83,7 @@ def read_data(source: str | Path | Data | Sequence[Any], column: str | None = No
     except TersorError:
         raise
     except Exception as error:
-        raise TersorError(f"The data file {path} could not be read: {_first_line(error)}.") from error
+        raise TersorError(f"The data file {path} could not be read: {reason_of(error)}.") from error
     if not len(data):
         raise TersorError(f"The data file {path} is empty.")
     return data
@@ -98,7 +98,7 @@ def read_pairs(source: str | Path) -> tuple[list[str], list[str], np.ndarray]:
         rows = list(_rows(path)) if path.suffix == ".jsonl" else list(_csv(path))
         first, second, scores = [str(r[0]) for r in rows], [str(r[1]) for r in rows], [float(r[2]) for r in rows]
     except (ValueError, IndexError, KeyError, TypeError, OSError, csv.Error) as error:
-        reason = _first_line(error)
+        reason = reason_of(error)
         raise TersorError(f"The file of pairs {path} must hold text, text, score on every line: {reason}.") from error
     if not all(map(math.isfinite, scores)):
         raise TersorError(f"The file of pairs {path} has a score that is NaN or infinite.")
@@ -210,7 +210,9 @@ def _read_arrays(path: Path) -> Data:
         raise TersorError(f"The data file {path} has no array of inputs.")
     values = max(inputs, key=lambda v: v.size)
     if values.dtype.kind not in "biuf":
-        raise TersorError(f"The data file {path} has inputs of the kind {values.dtype}, which are no numbers.")
+        raise TersorError(
+            f"The data file {path} has inputs of the kind {listed([str(values.dtype)])}, which are no numbers."
+        )
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise TersorError(f"The data file {path} has NaN or infinite entries.")
     return Data(str(path), arrays=values, labels=labels if labels is not None and len(labels) == len(values) else None)
@@ -220,10 +222,10 @@ def _from_columns(name: str, columns: dict[str, list[Any]], column: str | None) 
     if column is None:
         textual = [k for k, v in columns.items() if v and isinstance(v[0], str)]
         if len(textual) != 1:
-            raise TersorError(f"{name} has the columns {', '.join(columns) or 'none'}; name one as FILE:COLUMN.")
+            raise TersorError(f"{name} has the columns {listed(columns)}; name one as FILE:COLUMN.")
         column = textual[0]
     if column not in columns:
-        raise TersorError(f"{name} has no column {column!r}; its columns are {', '.join(columns)}.")
+        raise TersorError(f"{name} has no column {column!r}; its columns are {listed(columns)}.")
     label = next((k for k in ("label", "labels") if k in columns and k != column), None)
     kept = [i for i, text in enumerate(columns[column]) if text is not None]
     labels = _numbers([columns[label][i] for i in kept]) if label else None
@@ -262,7 +264,3 @@ def _lines(path: Path) -> Iterator[str]:
 def _csv(path: Path) -> Iterator[list[str]]:
     with path.open(encoding="utf8", newline="") as file:
         yield from (row for row in csv.reader(file) if row)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, read_json, understood
+from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, read_json, reason_of, understood
 from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
 from tersor.models.files import is_alive, read_tensors, write_safetensors, write_text
 from tersor.run.facts import pattern_of
@@ -60,7 +60,7 @@ class Run:
             self._refuse_strange_tables(path)
             self._db.executescript(_SCHEMA)
         except (sqlite3.DatabaseError, OSError) as error:
-            raise TersorError(f"{path} cannot be opened as a run: {error}.") from error
+            raise TersorError(f"{path} cannot be opened as a run: {reason_of(error)}.") from error
 
     def _refuse_strange_file(self, path: Path) -> None:
         """A link would have another database written to; a log beside one is written even by reading it."""
@@ -152,7 +152,7 @@ class Run:
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
-            raise TersorError(f"{self.folder / 'run.db'} is damaged: {error}.") from error
+            raise TersorError(f"{self.folder / 'run.db'} is damaged: {reason_of(error)}.") from error
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -161,7 +161,7 @@ class Run:
             with self._db as db:
                 yield db
         except sqlite3.DatabaseError as error:
-            raise TersorError(f"{self.folder / 'run.db'} could not be written: {error}.") from error
+            raise TersorError(f"{self.folder / 'run.db'} could not be written: {reason_of(error)}.") from error
 
     def belongs_to(self, facts: dict[str, Any]) -> None:
         """Claim the folder for these facts, or raise TersorError naming the first that differs."""
