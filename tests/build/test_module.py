@@ -211,6 +211,6 @@ def test_a_model_that_is_one_layer(tmp_path: Path, quick: dict[str, Any]) -> Non
     original.load_state_dict(made.state_dict())
     found = compress(made, [torch.randn(16, 64) for _ in range(4)], "30%", tmp_path / "out", **quick)
     inputs = torch.randn(3, 64)
-    outputs = tersor.load(tmp_path / "out", copy.deepcopy(original))(inputs)
+    outputs = tersor.load(tmp_path / "out", copy.deepcopy(original))(inputs).detach()
     assert torch.equal(outputs, found.study.model.module(inputs))
-    assert float((outputs - original(inputs)).norm() / original(inputs).norm()) < 0.15
+    assert (outputs - original(inputs)).norm() < 0.15 * original(inputs).norm()
