@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms import LowRankSetting, SparseForm, SparseSetting, SumSetting, form_named
+from tersor.forms.recoding import recoded
 from tersor.forms.sparse import refit
 from tersor.forms.supports import Bitmask, Groups, Positions, Support
 from tersor.metrics import Metric, Side
@@ -104,6 +105,41 @@ def test_a_refit_is_the_least_squares_solution(kind: str, make_moment: Callable[
     assert torch.allclose(values.reshape(-1), exact, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["kronecker", "input", "output"])
+def test_recoded_values_cannot_be_bettered_by_one_code_or_the_scales(
+    kind: str, make_metric: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tersor.forms.recoding.ROUNDS", 30)
+    monkeypatch.setattr("tersor.forms.recoding.TILE", 4)
+    weight, support, metric = torch.randn(9, 12), torch.rand(9, 12) < 0.5, damped(make_metric, 9, 12, kind)
+    given, scale = ((2 * weight).floor().clamp(-4, 3) + 0.5) * support, torch.full((9,), 0.5)
+    codes, steps = recoded(weight, given, support, scale, metric)
+
+    def left(codes: Tensor, steps: Tensor) -> float:
+        return Metric(metric.kind, metric.rows, metric.columns).distance(weight - steps[:, None] * codes)
+
+    least = left(codes, steps)
+    assert least < left(given, scale) and not codes[~support].any()
+    assert set(codes[support].abs().tolist()) <= {0.5, 1.5, 2.5, 3.5}
+    for row, column in support.nonzero().tolist():
+        for change in (-1, 1):
+            other = codes.clone()
+            other[row, column] += change
+            assert abs(other[row, column]) > 3.5 or left(other, steps) > 0.99999 * least
+    for row in range(9):
+        for factor in (0.99, 1.01):
+            assert left(codes, torch.where(torch.arange(9) == row, factor * steps, steps)) > 0.99999 * least
+
+
+def test_codes_of_kept_entries_that_know_of_each_other_pay(make_metric: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    for metric in (make_metric(48, 64), damped(make_metric, 48, 64, "kronecker"), damped(make_metric, 48, 64, "input")):
+        after = metric.distance(weight - fit(weight, metric, 0.5, bits=3))
+        with monkeypatch.context() as patch:
+            patch.setattr("tersor.forms.sparse.recoded", lambda weight, codes, support, scale, metric: (codes, scale))
+            assert after < 0.99 * metric.distance(weight - fit(weight, metric, 0.5, bits=3))
+
+
 def test_removing_an_entry_costs_what_both_factors_say(make_moment: Callable[..., Tensor]) -> None:
     """`w_ij^2 / ([R^-1]_ii [C^-1]_jj)`, where all other entries are refitted."""
     weight, rows, columns = torch.randn(5, 6, dtype=torch.float64), make_moment(5, 0, 0.4), make_moment(6, 1, 0.4)
@@ -181,7 +217,8 @@ def test_more_entries_and_more_bits_do_not_do_worse(make_metric: Maker) -> None:
     ladder = [SparseSetting(density, bits=bits) for density in (0.7, 0.5, 0.3, 0.1) for bits in (None, 8, 4, 2)]
     found = torch.tensor([c.divergence for c in SparseForm().curve(weight, metric, ladder)]).reshape(4, 4)
     assert (found.diff(dim=0) > 0).all()
-    assert (found.diff(dim=1)[:, 1:] > 0).all() and torch.allclose(found[:, 1], found[:, 0], rtol=0.05)
+    assert (found.diff(dim=1)[:, 1:] > 0).all()
+    assert (found[:, 1] < 1.05 * found[:, 0]).all()  # less where refitting ends before it is done
 
 
 def test_a_curve_is_that_of_its_fits_in_any_order(make_metric: Maker) -> None:

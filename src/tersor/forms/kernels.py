@@ -168,3 +168,35 @@ def best_scales(
                 if error < least:
                     least = error
                     best[i, g], fit[i, g] = scale, (along / square if square > 0 else 0)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def move_codes(
+    felt: Array, support: Array, scale: Array, inner: Array, moment: Array, codes: Array, most: float
+) -> None:
+    """Move the `codes` of a tile (rows, columns) on the support, each to what is best given all others.
+
+    `felt` (rows, columns) is `R E C` and `inner` the part of R in the tile, or `E C` and empty where no row feels
+    another; `moment` (columns, columns) is C, `scale` (rows,) the steps. Codes stay between `-most` and `most`.
+    """
+    rows, columns = codes.shape
+    limit, moved = codes.dtype.type(most), np.empty(columns, codes.dtype)
+    for i in range(rows - 1, -1, -1):
+        weight = inner[i, i] if len(inner) else codes.dtype.type(1)
+        moved[:] = 0
+        for j in range(columns - 1, -1, -1):
+            curvature = weight * moment[j, j] * scale[i]
+            if support[i, j] and curvature > 0:
+                best = codes[i, j] + np.rint(felt[i, j] / curvature)
+                best = min(max(best, -limit), limit)
+                if best != codes[i, j]:
+                    step = (best - codes[i, j]) * scale[i]
+                    codes[i, j] = best
+                    for b in range(columns):
+                        moved[b] += step * moment[j, b]
+                        felt[i, b] -= weight * step * moment[j, b]
+        if len(inner):
+            for k in range(i):
+                factor = inner[k, i]
+                for b in range(columns):
+                    felt[k, b] -= factor * moved[b]

@@ -20,6 +20,7 @@ from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, from_bits
 from tersor.forms.integers import IntSetting, search_grid
 from tersor.forms.packing import PLANES, pack, packed_width, unpack
+from tersor.forms.recoding import recoded
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.forms.supports import Groups, Support, smaller_support
 from tersor.metrics import Metric, Side
@@ -266,6 +267,7 @@ class Pruning:
         """Values rounded with feedback among the kept entries or to the nearest, and the scales (rows,): the better.
 
         What the refitted values miss is orthogonal to all changes on the support, so that these are all that matters.
+        With a refit, codes and scales are improved in turn after that (`recoding.py`), and the better is kept.
         """
         (lower_rows, pivot_rows), (lower_columns, pivot_columns) = (
             side.unit_lower for side in (self.felt.rows, self.felt.columns)
@@ -279,7 +281,14 @@ class Pruning:
         if lower_rows is None and lower_columns is None:
             return near, scale[:, 0]
         settled = round_with_feedback(values, grid, lower_rows, lower_columns).to(near.device) * kept
-        return min((settled, near), key=self._distance), scale[:, 0]
+        best = min((settled, near), key=self._distance)
+        if not setting.refit:
+            return best, scale[:, 0]
+        half = setting.codes.half
+        codes = ((best / scale + half).round() - half) * kept
+        codes, steps = recoded(self.weight, codes, kept, scale[:, 0], self.felt)
+        made = codes.to(best.device) * steps.to(best.device)[:, None]
+        return min(((best, scale[:, 0]), (made, steps)), key=lambda fit: self._distance(fit[0]))
 
 
 def refit(weight: Tensor, values: Tensor, support: Tensor, metric: Metric, steps: int) -> Tensor:
