@@ -8,28 +8,25 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
-import sqlite3
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import readers_of_runs  # noqa: F401 - adds its own
 import torch
 from changing import refused_or_read
+from reading import READERS, Reader, encoded, made, of_file, reader
 from safetensors.torch import save, save_file
 from torch import nn
 
 from tersor.build.artifact import empty_operators, install_empty, read_record
-from tersor.build.fits import load_fit
 from tersor.coding import decode, encode, stream
 from tersor.coding.stream import Coded
 from tersor.coding.trellis import Trellis
-from tersor.curves.draw import site_metrics
 from tersor.data import read_data, read_pairs
 from tersor.export.export import RECORD as EXPORT
 from tersor.export.export import _check_target
@@ -38,20 +35,12 @@ from tersor.forms import FORMS, as_values
 from tersor.models.config import model_class, read_config
 from tersor.models.files import open_checkpoint, read_tensors
 from tersor.models.huggingface import _pooling
-from tersor.models.passage import Spool
 from tersor.models.sites import Site, walk
-from tersor.observe.store import captured_share, load_metrics, load_output_metric
-from tersor.report.account import account_of_artifact, account_of_run, plan_to_show, study_facts
-from tersor.report.front import front_points
+from tersor.report.account import account_of_artifact
 from tersor.report.tables import account_tables
-from tersor.run import Run
-from tersor.run.listing import runs_under
-from tersor.steps import limit_of, open_run, plan_named, planner_of, study
 
 SHAPE = (64, 72)
 TEXTS = ["one", "two, three", "f\u00fcnf"]
-LADDER = {"int": [{"bits": 2, "group_size": 32}, {"bits": 4, "group_size": 32}]}
-DAMPING = {"inputs": 0.03, "gradients": 0.3, "frequencies": 0.3}
 RECORD = {
     "version": 1,
     "model": {"kind": "huggingface", "source": "m", "fingerprint": "f", "stored_bytes": 100},
@@ -73,39 +62,6 @@ RECORD = {
     "judgement": None,
     "limit": 0.05,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What reads the bytes of a file, sound ones, and what they are: `json`, `safetensors`, or `bytes`."""
-
-    read: Callable[[bytes], Any]
-    seeds: tuple[bytes, ...]
-    kind: str = "bytes"
-
-
-Make = Callable[[Path], Reader]
-READERS: dict[str, Make] = {}
-
-
-def reader(make: Make) -> Make:
-    READERS[make.__name__] = make
-    return make
-
-
-def of_file(path: Path, read: Callable[[], Any], seeds: tuple[bytes, ...], kind: str = "bytes") -> Reader:
-    """A reader of one file; what lies beside it stays."""
-
-    def run(content: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        read()
-
-    return Reader(run, seeds, kind)
-
-
-def encoded(*values: Any) -> tuple[bytes, ...]:
-    return tuple(json.dumps(value).encode() for value in values)
 
 
 def ladder(name: str) -> list[dict[str, Any]]:
@@ -239,176 +195,6 @@ def setting(folder: Path) -> Reader:
     return Reader(read, encoded(*([name, values] for name in FORMS for values in ladder(name))), "json")
 
 
-# A run.
-
-
-def studied(folder: Path) -> Path:
-    """A study of a small module in memory, with a plan and a fit."""
-    from tersor.steps import build_plan
-
-    run = folder / "run"
-    if not run.exists():
-        torch.manual_seed(0)
-        data = [torch.randn(8, 64) for _ in range(5)]
-        options: dict[str, Any] = {"forms": ("int",), "settings": LADDER, "damping": DAMPING, "gains": False}
-        opened = study(nn.Sequential(nn.Linear(64, 64)), data, run, workers=1, **options)
-        plan = opened.plan("20%")
-        build_plan(opened, plan, folder / "out", workers=1)
-        opened.run.enter(plan.name, "*", 0.1, (0.1, 0.0, 0.2))
-        opened.run.close()
-    return run
-
-
-def show(run_folder: Path) -> None:
-    """All that is shown of a run without its model."""
-    runs_under(run_folder)
-    run = open_run(run_folder)
-    try:
-        study_facts(run)
-        run.seconds_by_form()
-        run.ledger()
-        front_points(planner_of(run), run.get("stored_bytes"), limit=limit_of(run))
-        if run.plans():
-            account = account_of_run(run, plan_to_show(run))
-            json.dumps(account.as_json())
-            account_tables(account)
-    finally:
-        run.close()
-
-
-@reader
-def run_database(folder: Path) -> Reader:
-    run = studied(folder)
-
-    def read() -> None:
-        (run / "run.db-journal").unlink(missing_ok=True)
-        show(run)
-
-    return of_file(run / "run.db", read, ((run / "run.db").read_bytes(),))
-
-
-def rows_of(database: Path) -> list[Any]:
-    """Every value of a run as `[table, row, column, value]`; facts and plans as JSON has them."""
-    with contextlib.closing(sqlite3.connect(database)) as db:
-        db.row_factory = sqlite3.Row
-        return [
-            [table, row["rowid"], column, json.loads(row[column]) if column == "value" else row[column]]
-            for (table,) in list(db.execute("SELECT name FROM sqlite_master WHERE type = 'table'"))
-            for row in list(db.execute(f"SELECT rowid, * FROM {table}"))
-            for column in row.keys()[1:]
-        ]
-
-
-@reader
-def rows_of_a_run(folder: Path) -> Reader:
-    """A run in which a value of a table is another."""
-    run = studied(folder)
-    whole, sound = (run / "run.db").read_bytes(), rows_of(run / "run.db")
-    known = {(table, row, column) for table, row, column, _ in sound}
-
-    def read(content: bytes) -> None:
-        found = parse_json(content, "it")
-        if not isinstance(found, list) or len(found) != 4 or not any(found[:3] == list(place) for place in known):
-            return
-        table, row, column, value = found
-        plain = isinstance(value, str | float | None) or (isinstance(value, int) and abs(value) < 1 << 62)
-        (run / "run.db").write_bytes(whole)
-        with contextlib.closing(sqlite3.connect(run / "run.db")) as db, contextlib.suppress(sqlite3.IntegrityError), db:
-            given = value if plain and column != "value" else json.dumps(value)
-            db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (given, row))
-        show(run)
-
-    return Reader(read, encoded(*sound), "json")
-
-
-def of_tensors(folder: Path, name: str, read: Callable[[Run], Any]) -> Reader:
-    """A reader of the first file of tensors under a name in a run."""
-    run = studied(folder)
-    path = min((run / name).rglob("*.safetensors"))
-
-    def opened() -> None:
-        found = open_run(run)
-        try:
-            read(found)
-        finally:
-            found.close()
-
-    return of_file(path, opened, (path.read_bytes(),), "safetensors")
-
-
-@reader
-def summaries(folder: Path) -> Reader:
-    def read(run: Run) -> None:
-        (at,) = sites_of(run)
-        for kind in ("identity", "diagonal", "input", "output", "kronecker"):
-            load_metrics(run, at, kind)
-        load_output_metric(run, at)
-        captured_share(run, at)
-        site_metrics(run, at)
-
-    return of_tensors(folder, "summaries/fit", read)
-
-
-@reader
-def spectra(folder: Path) -> Reader:
-    def read(run: Run) -> None:
-        limit = limit_of(run)
-        assert limit is not None
-        limit.divergence(10_000)
-
-    return of_tensors(folder, "spectra", read)
-
-
-@reader
-def fits(folder: Path) -> Reader:
-    def read(run: Run) -> None:
-        (at,) = sites_of(run)
-        load_fit(run, at, plan_named(run, run.plans()[0]).choices[0]).matrices()
-
-    return of_tensors(folder, "fits", read)
-
-
-def sites_of(run: Run) -> tuple[Site, ...]:
-    from tersor.build.layout import Layout
-
-    return Layout.from_json(run.get("layout")).sites
-
-
-@reader
-def worker(folder: Path) -> Reader:
-    run = studied(folder)
-
-    def read() -> None:
-        runs_under(run)
-        found = Run(run)
-        try:
-            found.worker()
-        finally:
-            found.close()
-
-    return of_file(run / "worker.json", read, encoded({"pid": 1, "host": "a"}), "json")
-
-
-def spooled(folder: Path) -> Path:
-    """A spool whose work was cut short, with a tree in it; its file."""
-    spool = Spool(folder, "key")
-    spool.put("a", 0, ({"x": torch.ones(2), "y": None}, [torch.zeros(1), 3, "z"]))
-    spool.mark("begun")
-    return next(folder.glob("*.safetensors"))
-
-
-@reader
-def spool(folder: Path) -> Reader:
-    path = spooled(folder / "spool")
-    return of_file(path, lambda: Spool(path.parent, "key").get("a", 0), (path.read_bytes(),), "safetensors")
-
-
-@reader
-def steps_of_a_spool(folder: Path) -> Reader:
-    path = folder / "spool" / "done.json"
-    return of_file(path, lambda: Spool(path.parent, "key").is_begun, encoded({"key": "key", "done": ["a"]}), "json")
-
-
 # Data.
 
 
@@ -471,8 +257,4 @@ def images(folder: Path) -> Reader:
     return of_file(folder / "images" / "a.png", lambda: read_data(folder / "images"), (whole,))
 
 
-def made(name: str, folder: Path) -> Reader:
-    """A reader with its files in an empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return READERS[name](folder)
+__all__ = ["READERS", "SHAPE", "ladder", "made", "site"]
