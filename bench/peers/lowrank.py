@@ -27,6 +27,8 @@ SHARES = [{"share": share / 200} for share in range(200, 2, -1)]
 
 def rows_at(opened: Study, judge: Judge, sizes: list[int], folder: Path) -> Iterator[dict[str, Any]]:
     """A row for every recipe at every size of the whole file that it can reach."""
+    if not sizes:
+        return
     layout = Layout.from_json(opened.run.get("layout"))
     ladder = [choices_of(opened, "lowrank", values) for values in SHARES]
     known = [
