@@ -16,6 +16,7 @@ from tersor.forms import IntForm, IntSetting, LowRankForm, LowRankSetting
 from tersor.metrics import Metric
 
 LADDER = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+NEAR = 1.01  # times the least divergence on held-back data, which is as good: of such dampings the largest is taken
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def choose_damping(
 ) -> tuple[Damping, list[dict[str, Any]]]:
     """The damping with the least predicted divergence on held-back data, one coordinate after the other.
 
-    Returns it with its evidence: for every damping tried, what the fitted part and the held-back part predict.
+    What is held back is a sample too, and what is a little better there may be far worse in use where less is damped.
+    Returns the damping with its evidence: for every one tried, what the fitted part and the held-back part predict.
     """
     chosen = Damping()
     evidence: list[dict[str, Any]] = []
@@ -68,8 +70,9 @@ def choose_damping(
         nonlocal chosen
         if members:
             values = asdict(chosen)
-            best = min(LADDER, key=lambda x: total(Damping(**{**values, name: x}), members, fit))
-            chosen = Damping(**{**values, name: best})
+            found = {x: total(Damping(**{**values, name: x}), members, fit) for x in LADDER}
+            least = min(found.values())
+            chosen = Damping(**{**values, name: max(x for x in LADDER if found[x] <= NEAR * least)})
 
     settle("inputs", linear, _integers)
     settle("gradients", linear, _integers)
