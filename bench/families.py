@@ -3,18 +3,21 @@
     python bench/families.py MODEL [--run DIR] [--mixed-only]
 
 The mixed plans are of a study as `compress` makes it under limits on bytes: every form at a few sites, elsewhere what
-came near to the best there. The others, and what the mixed plans would be with everything drawn everywhere, are of a
-second study, which is several times as long. Everything is fitted and measured in this one run.
+came near to the best there. For the others the rest is drawn, every form everywhere, in the settings that such budgets
+could want. All plans are predicted; measured are the mixed ones, those of a form alone at the middle budget, and
+those predicted within `CLOSE` of the mixed one. Everything is fitted and measured in this one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +25,94 @@ from judging import Judge, mean_of
 from models import NAMES, reference
 from tersor.build.fits import fits_of
 from tersor.build.interaction import applied
+from tersor.curves.draw import draw_unit, is_unused, site_metrics
+from tersor.curves.scouts import scouts_of
+from tersor.engine import map_units
 from tersor.errors import UnreachableBudget
-from tersor.forms import FORMS
+from tersor.forms import FORMS, as_values, cost_of
+from tersor.models import Site
 from tersor.plan import Plan
-from tersor.steps import Study
+from tersor.steps import Study, open_study
 
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = tuple(name for name in FORMS if name != "portable")  # which is `int` as exports can hold it
+WANTED = (0.5, 5.0)  # bits a weight of the settings that are drawn everywhere
+CLOSE = 3.0  # times the mixed plan's prediction up to which a plan is measured at every budget
+STEPS = ("observe", "damping", "limit", "draw", "probe")
+
+
+def draw_the_rest(opened: Study) -> float:
+    """Draw every form where the study did not, in the settings that are wanted; returns the seconds it took."""
+    start, run = time.perf_counter(), opened.run
+
+    def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
+        for site in sorted(opened.sites, key=lambda site: -site.parameters):
+            known = {(c.form, c.setting) for c in run.candidates(site.name)}
+            for name in () if is_unused(run, site) else FAMILIES:
+                missing = [as_values(setting) for setting in wanted(site, name) if (name, setting) not in known]
+                if missing:
+                    yield site.name, partial(arguments, site, name, missing)
+
+    def arguments(site: Site, name: str, ladder: list[dict[str, Any]]) -> tuple[Any, ...]:
+        return site.matrices(opened.model.module).cpu(), site_metrics(run, site), [name], {name: ladder}
+
+    for site_name, curves in map_units(draw_unit, units()):
+        for form, (curve, seconds) in curves.items():
+            run.add_candidates(site_name, form, curve, seconds)
+    run.put("drawn_for", None)
+    return time.perf_counter() - start
+
+
+def wanted(site: Site, name: str) -> list[Any]:
+    """The settings of a form at a site that take `WANTED` bits a weight; none where a fit only says how many."""
+    form, (low, high) = FORMS[name], (bits * site.shape[0] * site.shape[1] / 8 for bits in WANTED)
+    return [s for s in form.settings(site.shape) if low <= cost_of(form, site.shape, s).stored <= high]
 
 
 def measured(opened: Study, judge: Judge, plan: Plan) -> dict[str, Any]:
-    """The bytes of a plan, its predicted and measured divergence, and how many sites have which form."""
+    """A plan as it is predicted, and its measured divergence."""
     for _ in fits_of(opened.run, opened.model, opened.sites, plan.choices):
         pass
     with applied(opened.run, opened.model, opened.sites, plan.choices):
-        divergence = mean_of(judge.divergences())
-    used = Counter(choice.form for choice in plan.choices)
-    return {"bytes": plan.stored, "predicted": plan.divergence, "divergence": divergence, "used": dict(used)}
+        return {**predicted(opened, plan), "divergence": mean_of(judge.divergences())}
 
 
-def alone(opened: Study, judge: Judge, budget: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Every form's own plan at a budget, None where it cannot be so small."""
+def predicted(opened: Study, plan: Plan) -> dict[str, Any]:
+    """The bytes of a plan, its predicted divergence, and how many sites and weights have which form."""
+    used, weights = Counter(choice.form for choice in plan.choices), Counter[str]()
+    for site, choice in zip(opened.sites, plan.choices, strict=True):
+        weights[choice.form] += site.parameters
+    return {"bytes": plan.stored, "predicted": plan.divergence, "used": dict(used), "weights": dict(weights)}
+
+
+def hulls(opened: Study) -> dict[str, Any]:
+    """Of the smallest scout that is no table: for every form the points that no other of it beats, (bits, nats)."""
+    site = min((s for s in scouts_of(opened.sites) if s.kind != "table"), key=lambda s: s.parameters)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for candidate in opened.run.candidates(site.name):  # smallest first
+        points = found.setdefault(candidate.form, [])
+        if not points or candidate.divergence < points[-1][1]:
+            points.append((8 * candidate.cost.stored / site.parameters, candidate.divergence))
+    return {"site": site.name, "shape": site.shape, "forms": found}
+
+
+def alone(opened: Study, judge: Judge, budget: str, most: float) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Every form's own plan at a budget, measured where it is predicted to do `most` damage; None: it has none."""
     for name in FAMILIES:
         try:
             plan = opened.plan(budget, forms=(name,))
         except UnreachableBudget:
             yield name, None
             continue
-        yield name, measured(opened, judge, plan)
+        yield name, measured(opened, judge, plan) if plan.divergence <= most else predicted(opened, plan)
 
 
 def shown(name: str, found: dict[str, Any] | None) -> str:
     if found is None:
         return f"  {name:16} cannot be so small"
-    d, used = found["divergence"], ", ".join(f"{form} {count}" for form, count in sorted(found["used"].items()))
-    return (
-        f"  {name:16} {found['bytes']:>11,}  predicted {found['predicted']:.5f}  "
-        f"{d['value']:.5f} [{d['low']:.5f}, {d['high']:.5f}]  {used}"
-    )
+    d, used = found.get("divergence"), ", ".join(f"{form} {count}" for form, count in sorted(found["used"].items()))
+    real = "not measured" if d is None else f"{d['value']:.5f} [{d['low']:.5f}, {d['high']:.5f}]"
+    return f"  {name:16} {found['bytes']:>11,}  predicted {found['predicted']:.5f}  {real}  {used}"
 
 
 def main() -> None:
@@ -69,32 +122,37 @@ def main() -> None:
     parser.add_argument("--mixed-only", action="store_true")
     given = parser.parse_args()
     known, scratch = reference(given.model), given.run or Path(tempfile.mkdtemp())
-    start = time.perf_counter()
+    target = RESULTS / f"families-{known.name}.json"
     opened = known.study(scratch / "scouted", forms=FAMILIES, resources=("stored",))
-    found: dict[str, Any] = {"model": known.name, "seconds": time.perf_counter() - start, "cells": []}
+    found: dict[str, Any] = {"model": known.name, "cells": []}
+    found["seconds"] = {step: opened.run.get(f"seconds/{step}", 0.0) for step in STEPS}
     found["drawn"] = {name: round(seconds) for name, seconds in opened.run.seconds_by_form().items()}
-    print(f"{known.name}: study of {len(FAMILIES)} forms {found['seconds']:.0f} s", flush=True)
+    found["hulls"] = hulls(opened)
+    print(f"{known.name}: study of {len(FAMILIES)} forms {sum(found['seconds'].values()):.0f} s", flush=True)
     judge = Judge.of(known, opened.model)
     for budget in known.budgets:
-        cell = {"budget": budget, "mixed": measured(opened, judge, opened.plan(budget))}
+        cell = {"budget": budget, "mixed": measured(opened, judge, opened.plan(budget)), "alone": {}}
         print(f"{budget}\n{shown('all forms', cell['mixed'])}", flush=True)
         found["cells"].append(cell)
-    if not given.mixed_only:
-        start = time.perf_counter()
-        whole = known.study(scratch / "whole", forms=FAMILIES)
-        found["whole_seconds"] = time.perf_counter() - start
-        print(f"everything drawn everywhere {found['whole_seconds']:.0f} s", flush=True)
-        judge = Judge.of(known, whole.model)
-        for cell in found["cells"]:
-            cell["whole_predicted"] = whole.plan(cell["budget"]).divergence
-            ratio = cell["mixed"]["predicted"] / cell["whole_predicted"]
-            print(f"{cell['budget']}: predicted {ratio:.4f} times what it is with everything drawn", flush=True)
-            cell["alone"] = {}
-            for name, row in alone(whole, judge, cell["budget"]):
-                print(shown(name, row), flush=True)
-                cell["alone"][name] = row
-    target = RESULTS / f"families-{known.name}.json"
     target.write_text(json.dumps(found, indent=1), encoding="utf8")
+    if given.mixed_only:
+        return
+    if not (scratch / "whole").exists():
+        shutil.copytree(scratch / "scouted", scratch / "whole")
+    whole = open_study(opened.model, scratch / "whole")
+    print(f"everything drawn everywhere {draw_the_rest(whole):.0f} s more", flush=True)
+    for cell in found["cells"]:
+        cell["whole_predicted"] = whole.plan(cell["budget"]).divergence
+        ratio = cell["mixed"]["predicted"] / cell["whole_predicted"]
+        print(f"{cell['budget']}: predicted {ratio:.4f} times what it is with everything drawn", flush=True)
+    middle = known.budgets[len(known.budgets) // 2]
+    for cell in sorted(found["cells"], key=lambda cell: cell["budget"] != middle):
+        most = float("inf") if cell["budget"] == middle else CLOSE * cell["mixed"]["predicted"]
+        print(cell["budget"], flush=True)
+        for name, row in alone(whole, judge, cell["budget"], most):
+            print(shown(name, row), flush=True)
+            cell["alone"][name] = row
+            target.write_text(json.dumps(found, indent=1), encoding="utf8")
     print(f"written to {target.name}")
 
 

@@ -1,4 +1,4 @@
-"""Write docs/figures.md, and a table of docs/forms.md, from bench/results: what was measured, and the commands for it.
+"""Write docs/figures.md, and parts of docs/forms.md, from bench/results: what was measured, and the commands for it.
 
 python bench/figures.py
 """
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from families_plot import draw
 from models import NAMES
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[1] / "docs" / "figures.md"
 FORMS_PAGE = TARGET.with_name("forms.md")
-MARKS = "<!-- under both metrics: from bench/figures.py -->", "<!-- end -->"
+END = "<!-- end -->"
 SCORES = {"minilm": "STS-B Spearman x 100", "babyllama": "perplexity", "pylm": "perplexity", "resnet56": "top-1 %"}
 FORMS = ("int", "coded", "lowrank", "int+lowrank")
 HEAD = """\
@@ -219,6 +220,56 @@ def metrics_table(found: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def families_table(found: dict[str, Any]) -> Iterator[str]:
+    """Measured divergence of the mixed plan and of every form alone at each budget, best forms first."""
+    name, cells = found["model"], found["cells"]
+    yield f"\n**{name}** (`script/bench families {name}`):\n"
+    yield f"![{name}: the forms at one site, and in the best plans](assets/forms-{name}.svg)\n"
+    yield f"| | {' | '.join(cell['budget'] for cell in cells)} |"
+    yield f"| --- |{' --- |' * len(cells)}"
+    yield f"| **all forms** | {' | '.join(_damage(cell['mixed']) for cell in cells)} |"
+
+    def middle(form: str) -> float:
+        row = cells[len(cells) // 2]["alone"].get(form)
+        return float("inf") if row is None else float(row["divergence"]["value"])
+
+    for form in sorted({form for cell in cells for form in cell["alone"]}, key=middle):
+        yield f"| {form} | {' | '.join(_damage(cell['alone'][form]) for cell in cells)} |"
+    whole = ", ".join(f"{c['mixed']['predicted'] / c['whole_predicted']:.3f}" for c in cells)
+    yield f"\nPredicted for the mixed plans over what it is with all drawn everywhere: {whole}. The study took:\n"
+    yield f"| {' | '.join(found['seconds'])} | all |\n|{' --- |' * (len(found['seconds']) + 1)}"
+    values = found["seconds"].values()
+    yield f"| {' | '.join(f'{v:.0f} s' for v in values)} | {sum(values) / 60:.1f} min |"
+    most = sorted(found["drawn"].items(), key=lambda item: -item[1])
+    yield "\nSeconds of the curves of each form, of all processes: " + ", ".join(f"{n} {s}" for n, s in most) + "."
+
+
+def _damage(row: dict[str, Any] | None) -> str:
+    """The divergence of a plan; as predicted, in brackets, where it was not measured."""
+    if row is None:
+        return "cannot"
+    if "divergence" not in row:
+        return f"({row['predicted']:.4f})"
+    return "{value:.4f} [{low:.4f}, {high:.4f}]".format(**row["divergence"])
+
+
+def write_parts(page: Path, parts: dict[str, list[str]]) -> None:
+    """Put lines between the marks that name them on a page, in place of those that were there."""
+    text = page.read_text(encoding="utf8")
+    for name, lines in parts.items():
+        mark = f"<!-- {name}: from bench/figures.py -->"
+        before, after = text.split(mark)
+        text = "\n".join([before + mark, *lines, END]) + after.split(END, 1)[1]
+    page.write_text(text, encoding="utf8")
+
+
+def _known(kind: str) -> Iterator[dict[str, Any]]:
+    """The results of a kind, in the order of the models."""
+    for path in (RESULTS / f"{kind}-{name}.json" for name in NAMES):
+        if path.exists():
+            yield json.loads(path.read_text(encoding="utf8"))
+
+
 def _row(cell: dict[str, Any], name: str) -> dict[str, Any]:
     return next(row for row in cell["rows"] if row["name"] == name)
 
@@ -259,11 +310,13 @@ def main() -> None:
         if path.exists():
             lines += table(json.loads(path.read_text(encoding="utf8")))
     TARGET.write_text("\n".join(lines) + "\n", encoding="utf8")
-    tables = [RESULTS / f"metrics-{name}.json" for name in NAMES]
-    rows = [r for path in tables if path.exists() for r in metrics_table(json.loads(path.read_text(encoding="utf8")))]
-    page = FORMS_PAGE.read_text(encoding="utf8")
-    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
-    FORMS_PAGE.write_text("\n".join([before + MARKS[0], *rows, MARKS[1]]) + after, encoding="utf8")
+    families = list(_known("families"))
+    for found in families:
+        draw(found, TARGET.parent / "assets" / f"forms-{found['model']}.svg")
+    write_parts(FORMS_PAGE, {
+        "in one plan": [line for found in families for line in families_table(found)],
+        "under both metrics": [line for found in _known("metrics") for line in metrics_table(found)],
+    })  # fmt: skip
     print(f"written to {TARGET.name} and {FORMS_PAGE.name}")
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tersor.curves.scouts import scouts_of, worth_drawing
+from tersor.curves import draw
+from tersor.curves.scouts import giants_of, scouts_of, worth_drawing
 from tersor.errors import TersorError
 from tersor.forms import Candidate, Cost
 from tersor.steps import Study, study
@@ -19,7 +20,7 @@ BLOCKS = 9
 
 
 def site(name: str, shape: tuple[int, int] = (64, 64)) -> Any:
-    return SimpleNamespace(name=name, kind="linear", parameter_shape=shape)
+    return SimpleNamespace(name=name, kind="linear", parameter_shape=shape, parameters=shape[0] * shape[1])
 
 
 def candidate(form: str, stored: int, divergence: float, resident: int | None = None) -> Candidate:
@@ -30,6 +31,13 @@ def test_every_kind_of_site_has_a_scout_from_its_middle() -> None:
     sites = [site(str(n)) for n in range(14)] + [site("wide", (64, 256))]
     assert [s.name for s in scouts_of(sites)] == ["2", "8", "wide"]
     assert [s.name for s in scouts_of(sites[:3])] == ["1"]
+
+
+def test_a_giant_is_many_times_as_large_as_most_scouts() -> None:
+    small = [site(str(n), (64, 64 * n)) for n in (1, 2, 4)]
+    assert giants_of(small) == []
+    assert giants_of([*small, site("giant", (64, 64 * 32))])[0].name == "giant"
+    assert giants_of([]) == giants_of(small[:1]) == []
 
 
 def forms_worth(curves: list[list[Candidate]], resources: list[str]) -> dict[str, int]:
@@ -89,3 +97,39 @@ def test_the_rest_is_drawn_when_it_is_asked_for(tmp_path: Path) -> None:
 def test_forms_that_are_needed_for_another_cost_are_drawn_for_it(tmp_path: Path) -> None:
     opened = studied(tmp_path / "run", resources=("stored", "resident"))
     assert opened.plan("6bits", memory_budget="90%").resident > 0
+
+
+class Speaker(nn.Module):
+    """A table many times as large as the rotations behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.net = nn.Embedding(3000, 96), Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net(self.table(x))
+        return found
+
+
+def test_a_giant_draws_what_the_small_scouts_showed_and_forms_of_tables_are_drawn_there_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(3000, (200,), generator=generator) for _ in range(5)]
+    monkeypatch.setattr(draw, "APART", 9000)  # so that scouts of both sizes draw a form a unit
+    steps: list[tuple[str, int]] = []
+    forms = ("coded", "lowrank", "rows")
+    opened = study(
+        Speaker(), batches, tmp_path / "run", forms=forms, workers=1, resources=("stored",),
+        progress=lambda step, what, done, total: steps.append((what, done)) if step == "draw" else None,
+    )  # fmt: skip
+    drawn = {s.name: {form for form in forms if opened.run.is_drawn(s.name, form)} for s in opened.sites}
+    scouts = {s.name for s in scouts_of(opened.sites)}
+    assert drawn.pop("table") == {"coded", "rows"}
+    assert all(found == ({"coded", "lowrank"} if name in scouts else {"coded"}) for name, found in drawn.items())
+    assert sorted(name for name, _ in steps[1:]) == sorted(s.name for s in opened.sites)
+    assert steps[-1][1] == len(opened.sites)
+    for form in ("lowrank", "rows"):
+        with pytest.raises(TersorError, match=f"{form}.*drawn in part only"):
+            opened.plan("3bits", forms=[form])

@@ -6,7 +6,7 @@ What is drawn is stored in the run at once, form by form, so an interrupted stud
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
-from tersor.curves.scouts import scouts_of, worth_drawing
+from tersor.curves.scouts import FAR, giants_of, scouts_of, worth_drawing
 from tersor.engine import map_units
 from tersor.forms import (
     FORMS,
+    OF_TABLES,
     Candidate,
     Cost,
     Form,
@@ -39,6 +40,7 @@ from tersor.observe.store import file_of
 from tersor.run import Run
 
 DAMPING_SITES = 4
+APART = 1 << 18  # entries of a weight above which scouts draw every form in a unit of its own
 UNUSED = IntSetting(4, 64, rounding="nearest")
 Report = Callable[[str], Any]
 Ladders = Mapping[str, Sequence[Mapping[str, Any]]]  # by the name of a form, settings as plain values
@@ -107,7 +109,8 @@ def draw_all(
     """Draw the curves that are not in the run yet, a unit a site; yields the name of every site when it is stored.
 
     `settings` replaces the ladder of a form, by its name, with settings given as plain values. With `resources`, the
-    costs that will be limited, a few scouts draw all forms and the other sites what came near to the best there.
+    costs that will be limited, a few scouts draw all forms and the other sites what came near to the best there. A
+    giant among the scouts draws what came within `FAR` of it at the small ones; forms made for tables are for these.
     """
     unseen = run.get("unseen_sites", ())  # used, but not as could be watched: they stay as they are
     sites = [site for site in sites if site.name not in unseen]
@@ -117,15 +120,31 @@ def draw_all(
     if known is not None and known["resources"] != list(resources or ()):
         run.undraw(known["left_out"], [site.name for site in others])
         run.put("drawn_for", None)
-    yield from _draw(run, model, scouts, forms, workers, lambda _: settings)
-    ladders = None
-    if resources is not None and settings is None:
-        named = [[c for c in run.candidates(site.name) if c.form in forms] for site in scouts]
-        ladders = _ladders(worth_drawing(named, resources), scouts)
-        left_out = sorted(name for name in forms if name not in ladders or ladders[name] is not None)
-        run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
-        forms = [name for name in forms if name in ladders]
-    yield from _draw(run, model, others, forms, workers, lambda site: settings or _ladders_at(site, ladders))
+    draw = partial(_draw, run, model, workers=workers)
+    if resources is None or settings is not None:
+        yield from draw(scouts, lambda _: forms, lambda _: settings, apart=True)
+        yield from draw(others, lambda _: forms, lambda _: settings)
+        return
+
+    def of(names: Iterable[str]) -> Callable[[Site], list[str]]:
+        return lambda site: [n for n in forms if n in names and (site.kind == "table" or n not in OF_TABLES)]
+
+    giants, tried = giants_of(scouts), forms
+    small = [site for site in scouts if site not in giants]
+    yield from draw(small, of(forms), lambda _: None, apart=True)
+    if giants:
+        untold = () if any(site.kind == "table" for site in small) else OF_TABLES
+        tried = [*worth_drawing(_curves(run, small, forms), resources, FAR), *untold]
+        yield from draw(giants, of(tried), lambda _: None, apart=True)
+    ladders = _ladders(worth_drawing(_curves(run, scouts, forms), resources), scouts)
+    whole = of([name for name, ladder in ladders.items() if ladder is None and name in tried])
+    left_out = sorted({name for site in others for name in forms if name not in whole(site)})
+    run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
+    yield from draw(others, of(ladders), lambda site: _ladders_at(site, ladders))
+
+
+def _curves(run: Run, sites: Sequence[Site], forms: Sequence[str]) -> list[list[Candidate]]:
+    return [[c for c in run.candidates(site.name) if c.form in forms] for site in sites]
 
 
 def _ladders(worth: Mapping[str, set[Setting]], scouts: Sequence[Site]) -> dict[str, set[Setting] | None]:
@@ -154,20 +173,29 @@ def _draw(
     run: Run,
     model: Model,
     sites: Sequence[Site],
-    forms: Sequence[str],
-    workers: int | None,
+    forms: Callable[[Site], Sequence[str]],
     ladders: Callable[[Site], Ladders | None],
+    *,
+    workers: int | None,
+    apart: bool = False,
 ) -> Iterator[str]:
+    """Draw the forms of every site that are missing; with `apart` a unit a form where a weight is large."""
+    missing = {site.name: [name for name in forms(site) if not run.is_drawn(site.name, name)] for site in sites}
+
     def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
         for site in sorted(sites, key=lambda s: -s.parameters):
-            missing = [name for name in forms if not run.is_drawn(site.name, name)]
-            if missing:
-                yield site.name, partial(_arguments, run, model, site, missing, ladders(site))
+            names = missing[site.name]
+            for part in [[n] for n in names] if apart and site.parameters > APART else [names]:
+                if part:
+                    yield site.name, partial(_arguments, run, model, site, part, ladders(site))
 
+    left = {name: len(names) for name, names in missing.items()}
     for name, curves in map_units(draw_unit, units(), workers):
         for form, (curve, seconds) in curves.items():
             run.add_candidates(name, form, curve, seconds)
-        yield name
+        left[name] -= len(curves)
+        if not left[name]:
+            yield name
 
 
 def _arguments(run: Run, model: Model, site: Site, missing: list[str], settings: Ladders | None) -> tuple[Any, ...]:

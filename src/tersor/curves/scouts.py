@@ -7,6 +7,7 @@ that is depends on the budgets to come: what takes few bytes on disk may take ma
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from tersor.models.sites import Site
 
 SHARE = 6  # sites of one kind and shape for which one stands
 NEAR = 1.1  # times the damage of the other forms, at most, for a setting to be worth drawing
+FAR = 2.0  # the same for a form to be tried on a giant
+GIANT = 8  # times as large as the other scouts' median
 RUIN = 0.25  # of the worst damage at a site: a candidate that does more is not worth having
 
 
@@ -26,8 +29,16 @@ def scouts_of(sites: Sequence[Site]) -> list[Site]:
     return [site for group in groups.values() for site in group[(min(len(group), SHARE) - 1) // 2 :: SHARE]]
 
 
-def worth_drawing(curves: Iterable[Sequence[Candidate]], resources: Sequence[str]) -> dict[str, set[Setting]]:
-    """The settings, by form, that somewhere do at most `NEAR` times the damage of all other forms at the same cost.
+def giants_of(scouts: Sequence[Site]) -> list[Site]:
+    """Scouts beside which most others are small, such as a table of words: the small ones are asked first."""
+    usual = median(site.parameters for site in scouts) if scouts else 0
+    return [site for site in scouts if site.parameters > GIANT * usual]
+
+
+def worth_drawing(
+    curves: Iterable[Sequence[Candidate]], resources: Sequence[str], near: float = NEAR
+) -> dict[str, set[Setting]]:
+    """The settings, by form, that somewhere do at most `near` times the damage of all other forms at the same cost.
 
     `curves` has the candidates of all forms, a site each; `resources` are the costs that will be limited, of `stored`,
     `resident` and `flops`.
@@ -38,18 +49,18 @@ def worth_drawing(curves: Iterable[Sequence[Candidate]], resources: Sequence[str
         for form in {c.form for c in candidates}:
             own = [c for c in candidates if c.form == form and c.divergence <= ruin]
             others = [c for c in candidates if c.form != form]
-            near = [c.setting for c in own if any(_comes_near(c, others, resource) for resource in resources)]
-            if near:
-                found.setdefault(form, set()).update(near)
+            chosen = [c.setting for c in own if any(_comes_near(c, others, resource, near) for resource in resources)]
+            if chosen:
+                found.setdefault(form, set()).update(chosen)
     return found
 
 
-def _comes_near(candidate: Candidate, others: Sequence[Candidate], resource: str) -> bool:
-    """Whether a candidate does hardly more damage than the others, by the logarithm between their best."""
+def _comes_near(candidate: Candidate, others: Sequence[Candidate], resource: str, near: float) -> bool:
+    """Whether a candidate does at most `near` times the damage of the others, by the logarithm between their best."""
     if not others:
         return True
     cost, damage = np.array([(getattr(c.cost, resource), c.divergence) for c in others], dtype=float).T
     order = np.lexsort((damage, cost))
     best = np.minimum.accumulate(np.log(np.maximum(damage[order], 1e-300)))
     there = np.interp(getattr(candidate.cost, resource), cost[order], best, left=np.inf)
-    return bool(np.log(max(candidate.divergence, 1e-300)) <= there + np.log(NEAR))
+    return bool(np.log(max(candidate.divergence, 1e-300)) <= there + np.log(near))

@@ -77,6 +77,7 @@ FORMS: dict[str, Form] = {
     )
 }
 USUAL = ("int", "coded", "lowrank", "int+lowrank")  # what a study draws unless forms are named
+OF_TABLES = ("rows", "mixed", "hashed")  # which live on how unequally rows are used
 
 
 def form_named(name: str) -> Form:
@@ -89,6 +90,7 @@ def form_named(name: str) -> Form:
 
 __all__ = [
     "FORMS",
+    "OF_TABLES",
     "USUAL",
     "CPForm",
     "CPSetting",
