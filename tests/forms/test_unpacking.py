@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.coding import Coded
 from tersor.forms import IntSetting, LowRankForm, LowRankSetting, Operator
@@ -28,6 +28,11 @@ LAYOUTS = list(
 def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("integers", "packed"):
         monkeypatch.setattr(f"tersor.forms.{place}.in_reach", lambda tensor: False)
+
+
+def are_near(one: Tensor, other: Tensor) -> bool:
+    """Whether two sums of the same products differ by no more than the order in which they are taken."""
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-30)
 
 
 def drawn(operator: IntOperator) -> IntOperator:
@@ -47,7 +52,12 @@ def test_integers(layout: tuple[int, int | None, str, bool, int, str], monkeypat
     operator = drawn(IntOperator((20, 37), setting))
     index = torch.tensor([[19, 0], [7, 7]])
     found = operator.decode(), operator.take(index)
+    few = torch.randn(3, 37)
+    product = operator.product(few.numpy())
+    assert (product is None) == (axis == "rows")
+    assert product is None or are_near(torch.from_numpy(product), few @ found[0].T)
     out_of_reach(monkeypatch)
+    assert operator.product(few.numpy()) is None
     for one, other in zip(found, (operator.decode(), operator.take(index)), strict=True):
         assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -72,12 +82,32 @@ def test_coded_integers_and_their_escapes(spread: int, shape: tuple[int, int], m
     packed = Packed.of(Coded(codes, rows, columns, 4))
     index = torch.tensor([shape[0] - 1, 0, 0, shape[0] // 2])
     found = packed.rows(None), packed.rows(index)
+    few = torch.randn(2, shape[1])
+    product = packed.product(few.numpy())
+    assert product is not None and are_near(torch.from_numpy(product), few @ found[0].T)
     out_of_reach(monkeypatch)
+    assert packed.product(few.numpy()) is None
     assert torch.allclose(found[0], packed.rows(None), rtol=1e-6)
     assert torch.allclose(found[1], packed.rows(index), rtol=1e-6)
     assert torch.equal(found[1], found[0][index])
     steps = np.exp2(rows / 4)[:, None] * np.exp2(columns / 4)
     assert torch.allclose(found[0].double(), torch.from_numpy(codes * steps), rtol=1e-5)
+
+
+def test_few_positions_are_not_decoded_for_unless_they_want_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = drawn(IntOperator((20, 37), IntSetting(4, 16)))
+    x = torch.randn(2, 2, 37)
+    whole = nn.functional.linear(x, operator.dense())
+    wanted = x.clone().requires_grad_()
+    operator(wanted).sum().backward()
+    assert wanted.grad is not None and torch.allclose(wanted.grad, operator.dense().sum(0).expand_as(x), atol=1e-5)
+    many = operator(torch.cat([x, x]))
+    monkeypatch.setattr(IntOperator, "decode", lambda self: pytest.fail("decoded"))
+    assert are_near(operator(x), whole) and operator(x).shape == (2, 2, 20)
+    assert are_near(operator(x.bfloat16()).float(), whole) is False and operator(x.bfloat16()).dtype == torch.bfloat16
+    assert are_near(many[:2], whole)
+    with torch.no_grad():
+        assert are_near(operator(wanted), whole)
 
 
 @pytest.mark.parametrize("size", [4, 64])

@@ -109,8 +109,9 @@ def draw_all(
     """Draw the curves that are not in the run yet, a unit a site; yields the name of every site when it is stored.
 
     `settings` replaces the ladder of a form, by its name, with settings given as plain values. With `resources`, the
-    costs that will be limited, a few scouts draw all forms and the other sites what came near to the best there. A
-    giant among the scouts draws what came within `FAR` of it at the small ones; forms made for tables are for these.
+    costs that will be limited, a few scouts draw all forms and the other sites what came near to the best at those of
+    their kind. A giant among the scouts draws what came within `FAR` of it at the small ones; forms made for tables are
+    for these.
     """
     unseen = run.get("unseen_sites", ())  # used, but not as could be watched: they stay as they are
     sites = [site for site in sites if site.name not in unseen]
@@ -120,27 +121,45 @@ def draw_all(
     if known is not None and known["resources"] != list(resources or ()):
         run.undraw(known["left_out"], [site.name for site in others])
         run.put("drawn_for", None)
+    run.put("near_the_best", None)
     draw = partial(_draw, run, model, workers=workers)
     if resources is None or settings is not None:
         yield from draw(scouts, lambda _: forms, lambda _: settings, apart=True)
         yield from draw(others, lambda _: forms, lambda _: settings)
         return
 
-    def of(names: Iterable[str]) -> Callable[[Site], list[str]]:
-        return lambda site: [n for n in forms if n in names and (site.kind == "table" or n not in OF_TABLES)]
+    def at(site: Site, names: Iterable[str]) -> list[str]:
+        return [name for name in forms if name in names and (site.kind == "table" or name not in OF_TABLES)]
 
-    giants, tried = giants_of(scouts), forms
+    giants = giants_of(scouts)
     small = [site for site in scouts if site not in giants]
-    yield from draw(small, of(forms), lambda _: None, apart=True)
-    if giants:
-        untold = () if any(site.kind == "table" for site in small) else OF_TABLES
-        tried = [*worth_drawing(_curves(run, small, forms), resources, FAR), *untold]
-        yield from draw(giants, of(tried), lambda _: None, apart=True)
-    ladders = _ladders(worth_drawing(_curves(run, scouts, forms), resources), scouts)
-    whole = of([name for name, ladder in ladders.items() if ladder is None and name in tried])
-    left_out = sorted({name for site in others for name in forms if name not in whole(site)})
+    yield from draw(small, lambda site: at(site, forms), lambda _: None, apart=True)
+    tried = {site.name: _tried(run, site, small, forms, resources) for site in giants}
+    yield from draw(giants, lambda site: at(site, tried[site.name]), lambda _: None, apart=True)
+    near: dict[str, dict[str, set[Setting] | None]] = {}
+    for kind in {site.kind for site in scouts}:
+        alike = [site for site in scouts if site.kind == kind]
+        near[kind] = _ladders(worth_drawing(_curves(run, alike, forms), resources), alike)
+
+    def complete(site: Site) -> list[str]:
+        """The forms whose whole curve is drawn at a site."""
+        if site in scouts:
+            return at(site, tried.get(site.name, forms))
+        return at(site, [name for name, ladder in near.get(site.kind, {}).items() if ladder is None])
+
+    left_out = sorted({name for site in sites for name in set(forms).difference(complete(site))})
     run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
-    yield from draw(others, of(ladders), lambda site: _ladders_at(site, ladders))
+    run.put("near_the_best", {kind: sorted(ladders) for kind, ladders in near.items()})
+    yield from draw(
+        others, lambda site: at(site, near.get(site.kind, forms)), lambda site: _ladders_at(site, near.get(site.kind))
+    )
+
+
+def _tried(run: Run, site: Site, small: Sequence[Site], forms: Sequence[str], resources: Sequence[str]) -> list[str]:
+    """The forms that are worth trying on a giant: those near to the best at small scouts, of its kind if there are."""
+    alike = [other for other in small if other.kind == site.kind]
+    near = [*worth_drawing(_curves(run, alike or small, forms), resources, FAR)]
+    return near if alike else [*near, *OF_TABLES]
 
 
 def _curves(run: Run, sites: Sequence[Site], forms: Sequence[str]) -> list[list[Candidate]]:
@@ -148,9 +167,15 @@ def _curves(run: Run, sites: Sequence[Site], forms: Sequence[str]) -> list[list[
 
 
 def _ladders(worth: Mapping[str, set[Setting]], scouts: Sequence[Site]) -> dict[str, set[Setting] | None]:
-    """The settings to draw of every form that is worth it, None for its whole ladder, where a fit completes them."""
+    """The settings to draw of every form that is worth it, None for its whole ladder.
+
+    That is where a fit completes settings, and where most are worth it: forms draw a whole ladder faster than they fit.
+    """
     known = {name: {s for site in scouts for s in form_named(name).settings(site.shape)} for name in worth}
-    return {name: settings if settings <= known[name] else None for name, settings in worth.items()}
+    return {
+        name: settings if settings <= known[name] and 2 * len(settings) <= len(known[name]) else None
+        for name, settings in worth.items()
+    }
 
 
 def _ladders_at(site: Site, ladders: Mapping[str, set[Setting] | None] | None) -> Ladders | None:

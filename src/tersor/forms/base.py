@@ -14,15 +14,19 @@ from functools import cache
 from types import UnionType
 from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tersor.errors import TersorError
 from tersor.foreign import understood
+from tersor.forms.packing import in_reach
 from tersor.metrics import Metric
 
+FEW = 4  # positions for which a product reads a weight as it is stored: for more it is decoded once
 Shape = tuple[int, int]
 Convolution = Callable[[Tensor, Tensor], Tensor]
+Array = np.ndarray[Any, Any]
 
 
 class Setting(Protocol):
@@ -103,7 +107,26 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T` for `x` (..., columns)."""
-        return nn.functional.linear(x, self.dense(x.dtype))
+        y = self._product_of_few(x)
+        return nn.functional.linear(x, self.dense(x.dtype)) if y is None else y
+
+    def _product_of_few(self, x: Tensor) -> Tensor | None:
+        """`x W^T` without decoding, for few positions that need no gradient on a CPU; None where that is not to be."""
+        if self._decoded is not None or x.numel() > FEW * self.shape[1] or not in_reach(x):
+            return None
+        if x.requires_grad:
+            if torch.is_grad_enabled():
+                return None
+            x = x.detach()
+        values = (x if x.dtype == torch.float32 else x.float()).numpy()
+        product = self.product(np.ascontiguousarray(values.reshape(-1, self.shape[1])))
+        if product is None:
+            return None
+        return torch.from_numpy(product.reshape(*values.shape[:-1], self.shape[0])).to(x.dtype)
+
+    def product(self, x: Array) -> Array | None:
+        """`x W^T` (positions, rows) straight from what is stored, `x` (positions, columns) float32; None: decode it."""
+        return None
 
     def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The rows at `index` (...), as (..., columns)."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tersor.coding import encode
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, Cost, RowOperator, Shape, cost_of
+from tersor.forms.base import FEW, Array, Candidate, Cost, RowOperator, Shape, cost_of
 from tersor.forms.lattice import Lattice
 from tersor.forms.packed import Packed, unpack_stream
 from tersor.metrics import Metric
@@ -121,9 +121,12 @@ class CodedOperator(RowOperator):
     def decode_rows(self, index: Tensor | None) -> Tensor:
         return self.packed().rows(index)
 
+    def product(self, x: Array) -> Array | None:
+        return self.packed().product(x)
+
     def forward(self, x: Tensor) -> Tensor:
         rows = max(1, BLOCK // self.shape[1])
-        if self._decoded is not None or rows >= self.shape[0]:
+        if self._decoded is not None or rows >= self.shape[0] or x.numel() <= FEW * self.shape[1]:
             return super().forward(x)
         packed = self.packed()
         blocks = torch.arange(self.shape[0], device=x.device).split(rows)

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
+from tersor.forms.base import Array, Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import FREE_ROWS, Grid, round_with_feedback, spans
 from tersor.metrics import Metric
@@ -154,15 +155,8 @@ class IntOperator(RowOperator):
         decoded = torch.empty(self.shape if index is None else (len(index), self.shape[1]))
         out = decoded.numpy()
         if setting.axis == "columns" and setting.scale_bits == 8:
-            of: Any = self._buffers
-            parts = packed, of["scale"], of["scale" if setting.symmetric else "zero"], of["scale_range"]
-            if index is None:
-                codes, scale, zero, ends = self._arrays.of(*parts)
-            else:
-                codes, scale, zero, ends = (p.numpy() for p in (packed, *(g[index] for g in parts[1:3]), parts[3]))
-            step = 1.0 if setting.zeros == "whole" else (2**setting.bits - 1) / 255
-            half = setting.half if setting.symmetric else -1.0
-            unpacking.logarithmic(codes, setting.bits, size, scale, ends, zero, step, half, out)
+            arguments: Any = (*self._logarithmic(packed, index), out)
+            unpacking.logarithmic(*arguments)
             return decoded
         codes = packed.numpy()
         if setting.axis == "rows":
@@ -173,6 +167,33 @@ class IntOperator(RowOperator):
             scale, zero = (g.contiguous().numpy() for g in self.grid(index))
             unpacking.grouped(codes, setting.bits, size, scale, zero, out)
         return decoded
+
+    def _logarithmic(self, packed: Tensor, index: Tensor | None) -> tuple[Any, ...]:
+        """What compiled loops read where scales have 8 bits, of all rows or those at `index`, `packed` their codes."""
+        setting, of = self.setting, self._buffers
+        parts: Any = packed, of["scale"], of["scale" if setting.symmetric else "zero"], of["scale_range"]
+        if index is None:
+            codes, scale, zero, ends = self._arrays.of(*parts)
+        else:
+            codes, scale, zero, ends = (p.numpy() for p in (packed, *(g[index] for g in parts[1:3]), parts[3]))
+        step = 1.0 if setting.zeros == "whole" else (2**setting.bits - 1) / 255
+        half = setting.half if setting.symmetric else -1.0
+        return codes, setting.bits, _size(self.shape, setting), scale, ends, zero, step, half
+
+    def product(self, x: Array) -> Array | None:
+        setting, packed = self.setting, self._buffers["codes"]
+        if setting.axis == "rows" or packed is None or not in_reach(packed):
+            return None
+        from tersor.forms import unpacking
+
+        out = np.empty((len(x), self.shape[0]), np.float32)
+        if setting.scale_bits == 8:
+            arguments: Any = (*self._logarithmic(packed, None), x, out)
+            unpacking.logarithmic_product(*arguments)
+        else:
+            scale, zero = (g.contiguous().numpy() for g in self.grid())
+            unpacking.grouped_product(packed.numpy(), setting.bits, _size(self.shape, setting), scale, zero, x, out)
+        return out
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._arrays = Arrays()  # what was moved need not stay where it was

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tersor.coding import Coded, decode
-from tersor.forms.base import Shape
+from tersor.forms.base import Array, Shape
 from tersor.forms.packing import Arrays, in_reach, pack, packed_width, unpack
 
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
@@ -80,14 +80,28 @@ class Packed:
         from tersor.forms import unpacking
 
         out = torch.empty(self.shape[0] if index is None else len(index), self.shape[1])
-        codes, rows, columns, positions, escapes = self._arrays.of(
-            self.codes, self.row_logs, self.column_logs, self.positions, self.escapes
-        )
+        codes, rows, columns, positions, escapes = self._read()
         wanted = ALL if index is None else index.long().numpy()
         rows = rows if index is None else rows[wanted]
         steps = rows, columns, self.resolution
         unpacking.stepped(codes, self.bits, index is None, wanted, *steps, positions, escapes, out.numpy())
         return out
+
+    def product(self, x: Array) -> Array | None:
+        """`x W^T` (positions, rows) for few `x` (positions, columns), float32; None where no compiled loop can read."""
+        if not in_reach(self.codes):
+            return None
+        from tersor.forms import unpacking
+
+        out = np.empty((len(x), self.shape[0]), np.float32)
+        codes, rows, columns, positions, escapes = self._read()
+        steps = rows, columns, self.resolution
+        unpacking.stepped_product(codes, self.bits, *steps, positions, escapes, x, out)
+        return out
+
+    def _read(self) -> tuple[Array, ...]:
+        """What compiled loops read."""
+        return self._arrays.of(self.codes, self.row_logs, self.column_logs, self.positions, self.escapes)
 
     @cached_property
     def _arrays(self) -> Arrays:

@@ -13,6 +13,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 _compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
+_summing = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
 
 
 @_compiled
@@ -22,7 +23,8 @@ def _spread(row: Array, bits: int, columns: int, codes: Array) -> None:
     The codes of one byte are moved apart inside a wider word: 2 of 4 bits in 16, 4 of 2 bits in 32, 8 of 1 bit in 64.
     """
     if bits == 8:
-        codes[:columns] = row
+        for k in range(row.size):
+            codes[k] = row[k]
         return
     start, shift = 0, 0
     codes[:] = 0
@@ -84,6 +86,16 @@ def _stepped(codes: Array, half: Any, row: Any, columns: Array, out: Array) -> N
         out[c] = (np.float32(codes[c]) - half) * row * columns[c]
 
 
+@_summing
+def _dots(row: Array, x: Array, i: int, out: Array) -> None:
+    """`x row` as the column `i` of `out`."""
+    for p in range(x.shape[0]):
+        at, total = x[p], np.float32(0)
+        for c in range(np.uint64(row.size)):
+            total += row[c] * at[c]
+        out[p, i] = total
+
+
 @_compiled
 def grouped(packed: Array, bits: int, size: int, scales: Array, zeros: Array, out: Array) -> None:
     """`scale (code - zero)` with scales and zeros (rows, groups) of `size` columns each."""
@@ -102,20 +114,62 @@ def logarithmic(
 
     A `half` of 0 or more is the one zero of a symmetric grid.
     """
-    columns, low_and_step = out.shape[1], ends.view(np.float32)
+    columns, table = out.shape[1], _between(ends)
+    codes = np.empty(columns // 8 * 8 + 8, np.uint8)
+    row_scales, row_zeros = np.empty(scales.shape[1], np.float32), np.empty(scales.shape[1], np.float32)
+    for i in range(out.shape[0]):
+        _grid(table, scales[i], zeros[i], step, half, row_scales, row_zeros)
+        _spread(packed[i], bits, columns, codes)
+        _in_groups(codes, size, row_scales, row_zeros, out[i])
+
+
+@_compiled
+def _between(ends: Array) -> Array:
+    """The 256 scales whose logarithms lie evenly from the lowest on; `ends` has the bits of that and of the step."""
+    low_and_step = ends.view(np.float32)
     table = np.empty(256, np.float32)
     power, ratio = 2.0 ** np.float64(low_and_step[0]), 2.0 ** np.float64(low_and_step[1])
     for k in range(256):  # in 64 bits, where a product of 256 factors stays exact to 32
         table[k] = power
         power *= ratio
-    codes = np.empty(columns // 8 * 8 + 8, np.uint8)
+    return table
+
+
+@_compiled
+def _grid(
+    table: Array, scales: Array, zeros: Array, step: float, half: float, row_scales: Array, row_zeros: Array
+) -> None:
+    """The scales and zeros of a row from their codes."""
+    for g in range(scales.size):
+        row_scales[g] = table[scales[g]]
+        row_zeros[g] = half if half >= 0 else step * zeros[g]
+
+
+@_compiled
+def logarithmic_product(
+    packed: Array, bits: int, size: int, scales: Array, ends: Array, zeros: Array, step: float, half: float,
+    x: Array, out: Array,
+) -> None:  # fmt: skip
+    """`x W^T` (positions, rows) for `W` as in `logarithmic`, a row of which is in the cache at a time."""
+    columns, table = x.shape[1], _between(ends)
+    codes, row = np.empty(columns // 8 * 8 + 8, np.uint8), np.empty(columns, np.float32)
     row_scales, row_zeros = np.empty(scales.shape[1], np.float32), np.empty(scales.shape[1], np.float32)
-    for i in range(out.shape[0]):
-        for g in range(scales.shape[1]):
-            row_scales[g] = table[scales[i, g]]
-            row_zeros[g] = half if half >= 0 else step * zeros[i, g]
+    for i in range(out.shape[1]):
+        _grid(table, scales[i], zeros[i], step, half, row_scales, row_zeros)
         _spread(packed[i], bits, columns, codes)
-        _in_groups(codes, size, row_scales, row_zeros, out[i])
+        _in_groups(codes, size, row_scales, row_zeros, row)
+        _dots(row, x, i, out)
+
+
+@_compiled
+def grouped_product(packed: Array, bits: int, size: int, scales: Array, zeros: Array, x: Array, out: Array) -> None:
+    """`x W^T` (positions, rows) for `W` as in `grouped`, a row of which is in the cache at a time."""
+    columns = x.shape[1]
+    codes, row = np.empty(columns // 8 * 8 + 8, np.uint8), np.empty(columns, np.float32)
+    for i in range(out.shape[1]):
+        _spread(packed[i], bits, columns, codes)
+        _in_groups(codes, size, scales[i], zeros[i], row)
+        _dots(row, x, i, out)
 
 
 @_compiled
@@ -190,3 +244,25 @@ def stepped(
             out[k, c] = np.float32(escapes[e]) * row * columns[c]
             e += 1
         following = i + 1
+
+
+@_compiled
+def stepped_product(
+    packed: Array, bits: int, row_logs: Array, column_logs: Array, resolution: int, positions: Array, escapes: Array,
+    x: Array, out: Array,
+) -> None:  # fmt: skip
+    """`x W^T` (positions, rows) for `W` as in `stepped`, a row of which is in the cache at a time."""
+    length, half = column_logs.size, np.float32(1 << (bits - 1))
+    if out.size == 0:
+        return
+    columns, powers = _powers(column_logs, resolution), _powers(row_logs, resolution)
+    codes, row = np.empty(length // 8 * 8 + 8, np.uint8), np.empty(length, np.float32)
+    e: Any = 0
+    for i in range(out.shape[1]):
+        _spread(packed[i], bits, length, codes)
+        _stepped(codes, half, powers[i], columns, row)
+        while e < positions.size and positions[e] < (i + 1) * length:
+            c = positions[e] - i * length
+            row[c] = np.float32(escapes[e]) * powers[i] * columns[c]
+            e += 1
+        _dots(row, x, i, out)
