@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tersor.curves.draw import fit_site, is_unused, site_metrics
 from tersor.curves.scouts import scouts_of
-from tersor.engine import map_units, threads
+from tersor.engine import map_units
 from tersor.forms import Candidate, Cost, form_named, settings_of
 from tersor.metrics import Metric
 from tersor.models.compare import Reference, substituted
@@ -39,11 +39,10 @@ def probe_gains(
 ) -> Iterator[str]:
     """Measure probes on held-back batches; measured over predicted is the gain of a form at a site.
 
-    Where the scouts showed which forms a plan could want, only these are probed.
-
-    Half of the workers fit probes while half of the threads measure those before, so many for any number of workers:
-    sums depend on it. `gain` is that of `int`, which forms without a probe of their own borrow, or of the first form
-    where that is not probed; 1 where nothing is seen. Yields the name of every site when it was measured.
+    Where the scouts showed which forms a plan could want, only these are probed. Half of the workers fit probes while
+    those before are measured, with all threads for any number of workers, as sums depend on their number. `gain` is
+    that of `int`, which forms without a probe of their own borrow, or of the first form where that is not probed; 1
+    where nothing is seen. Yields the name of every site when it was measured.
     """
     scouts = {site.name for site in scouts_of([site for site in sites if not is_unused(run, site)])}
     near = run.get("near_the_best") or {}
@@ -55,13 +54,13 @@ def probe_gains(
             if probes:
                 yield site, partial(_probe_arguments, run, model, site, probes)
 
-    fitting, measuring = workers or os.cpu_count() or 1, max(1, torch.get_num_threads() // 2)
+    fitting = workers or os.cpu_count() or 1
     if fitting > 1:
         fitting = max(2, fitting // 2)
     for site, fits in map_units(fit_probes, units(), fitting, in_order=True):
         found = _known(run, site)
         for name, (new, predicted) in fits.items():
-            with threads(measuring), reference.starting_at(site), substituted(model, site, new):
+            with reference.starting_at(site), substituted(model, site, new):
                 measured = reference.divergence()
             gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
             found["by_form"][name] = gain
