@@ -1,10 +1,10 @@
 """What each lever is worth: a plan with all of them, and with each one taken away, at equal bytes on one model.
 
-    python bench/ablation.py MODEL [--run DIR] [--family "at rest"]
+    python bench/ablation.py MODEL [--run DIR] [--family "at rest"] [--every N]
 
 At rest (bytes of the file) and resident (bytes in memory, forms that decode nothing at load). A lever that is taken
 away is so before the curves are drawn, and the planner does the best it can without it. Everything is fitted and
-measured on held-out data in this one run.
+measured on held-out data in this one run. With `--every`, one in so many weights that are no tables is touched.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from tersor.forms import USUAL, Candidate, form_named
 from tersor.judge.intervals import mean_estimate
 from tersor.models import Site
 from tersor.models.compare import Reference as Outputs
+from tersor.models.sites import walk
 from tersor.observe.store import file_of
 from tersor.plan import Choice, Limits, Planner
 from tersor.steps import Study
 
 RESULTS = Path(__file__).parent / "results"
 EVERY = (*USUAL, "trellis")
+FEW = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # bits of the trellis where every rung is fitted, not estimated
 RESIDENT = tuple(name for name in EVERY if name != "coded")
 
 
@@ -65,7 +67,9 @@ IN_MEMORY = (
     Variant("no gains", RESIDENT, gains=False),
     Variant("only trellis", ("trellis",)),
     Variant("trellis, the same bits at every site", ("trellis",), same_bits=True),
-    Variant("trellis, not rotated", form="trellis", change=lambda s: replace(s, rotate=False)),
+    Variant(
+        "trellis, not rotated", form="trellis", change=lambda s: replace(s, rotate=False) if s.bits in FEW else None
+    ),
     Variant("trellis, one-sided metric and feedback", form="trellis", metric="input"),
     Variant("no trellis", ("int", "lowrank", "int+lowrank")),
     Variant("only integers", ("int",)),
@@ -168,17 +172,26 @@ def main() -> None:
     parser.add_argument("model", choices=NAMES)
     parser.add_argument("--run", type=Path, default=None)
     parser.add_argument("--family", choices=FAMILIES, default=None, help="one of the two alone; default: both")
+    parser.add_argument("--every", type=int, default=None, help="touch one weight that is no table in so many")
     given = parser.parse_args()
     known = reference(given.model)
-    opened = known.study(given.run or Path(tempfile.mkdtemp()), forms=EVERY)
+    touched = {}
+    if given.every:
+        sites = [site.name for site in walk(known.open().module).sites if site.kind != "table"]
+        touched = {"include": sites[:: given.every]}
+    opened = known.study(given.run or Path(tempfile.mkdtemp()), forms=EVERY, **touched)
     sizes = (known.held_out_samples // 2, known.sequence_length, known.batch_size)
     held = Outputs(opened.model, opened.model.batches(known.held_out, *sizes, seed=0))
     share = known.budgets[len(known.budgets) // 2]
-    budget = int(float(share.rstrip("%")) / 100 * opened.stored_bytes)
+    weights = sum(site.nbytes for site in opened.sites) if given.every else opened.stored_bytes
+    rest = opened.stored_bytes - weights
+    budget = rest + int(float(share.rstrip("%")) / 100 * weights)
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"ablation-{given.model}.json"
     rows = []
     for row in rows_of(opened, held, budget, [given.family] if given.family else list(FAMILIES)):
+        if "stored" in row:
+            row["share"] = (row["stored"] - rest) / weights
         rows.append(row)
         value = row.get("divergence")
         shown = row["note"] if value is None else f"{value['value']:.5f} [{value['low']:.5f}, {value['high']:.5f}]"
@@ -186,7 +199,7 @@ def main() -> None:
             f"{row['family']:9} {row['lever']:40} {row.get('stored', 0):>11,} {shown} x {row.get('times', 0):.2f}",
             flush=True,
         )
-        target.write_text(json.dumps({"budget": share, "bytes": budget, "rows": rows}, indent=1))
+        target.write_text(json.dumps({"budget": share, "every": given.every, "rows": rows}, indent=1))
     print(f"written to {target.name}")
 
 

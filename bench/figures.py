@@ -119,9 +119,12 @@ def coded_tables(found: dict[str, Any]) -> Iterator[str]:
 
 def ablation_table(name: str, found: dict[str, Any]) -> Iterator[str]:
     """What a plan does without each lever, as a multiple of what it does with all of them."""
+    every = found.get("every")
+    command = f"`script/bench ablation {name}{f' --every {every}' if every else ''}`"
+    of = f"one in {every} of the weights that are no tables" if every else "the original"
     yield f"\n## {name}: what each lever is worth\n"
     yield (
-        f"`script/bench ablation {name}`, at {found['budget']} of the original, by bytes of the file and by bytes in "
+        f"{command}, at {found['budget']} of {of}, by bytes of the file and by bytes in "
         "memory. `x` is the divergence over that of the first row of its kind; the planner does its best without.\n"
     )
     yield "| bytes | plan | share | divergence | x |"
@@ -131,8 +134,7 @@ def ablation_table(name: str, found: dict[str, Any]) -> Iterator[str]:
             yield f"| {row['family']} | {row['lever']} | cannot: {row['note']} | | |"
             continue
         d = row["divergence"]
-        share = row["stored"] / found["bytes"] * float(found["budget"].rstrip("%"))
-        figures = f"{share:.2f}% | {d['value']:.4f} [{d['low']:.4f}, {d['high']:.4f}] | {row['times']:.2f}"
+        figures = f"{row['share']:.2%} | {d['value']:.4f} [{d['low']:.4f}, {d['high']:.4f}] | {row['times']:.2f}"
         yield f"| {row['family']} | {row['lever']} | {figures} |"
 
 

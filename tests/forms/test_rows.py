@@ -127,3 +127,11 @@ def test_the_smaller_code_of_the_mask_is_stored(share: float, support: int) -> N
 def test_a_bad_setting_is_named(values: dict[str, float], message: str) -> None:
     with pytest.raises(TersorError, match=message):
         FORM.setting(values)
+
+
+def test_a_ladder_drawn_from_one_rounding_predicts_the_fits(make_moment: Callable[..., Tensor]) -> None:
+    """The scales of the kept rows alone have a range of their own, in steps of less than a hundredth."""
+    weight, metric = torch.randn(300, 12), of_table(300, 12, make_moment(12)).damped(0.03, 0.03)
+    for candidate in FORM.curve(weight, metric):
+        exact = metric.distance(weight - FORM.fit(weight, metric, candidate.setting).dense())
+        assert candidate.divergence == pytest.approx(exact, rel=0.02)

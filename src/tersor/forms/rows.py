@@ -82,6 +82,7 @@ class Pruning:
         self.importance = metric.rows.diagonal.to(self.weight) + 1e-12 * metric.rows.diagonal.double().mean()
         self.felt = metric.columns.felt(self.weight)
         self.energy = (self.felt * self.weight).sum(1)
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of rows
 
     def chosen(self, kept: int) -> tuple[Tensor, Tensor]:
         """The mask (rows,) of `kept` rows and the default row (columns,): the best of what three starts settle at.
@@ -89,10 +90,12 @@ class Pruning:
         They are the mean of all rows, that of those that matter least, and the median, which stays where most rows
         are equal. The problem is not convex: one start alone can end at twice the loss of the best choice.
         """
-        mean = self._default(torch.zeros_like(self.importance, dtype=torch.bool))
-        starts = mean, self._default(self._largest(self.importance, kept)), self.median
-        mask, default, _ = min((self._settled(start, kept) for start in starts), key=lambda found: found[2])
-        return mask, default
+        if kept not in self._known:
+            mean = self._default(torch.zeros_like(self.importance, dtype=torch.bool))
+            starts = mean, self._default(self._largest(self.importance, kept)), self.median
+            mask, default, _ = min((self._settled(start, kept) for start in starts), key=lambda found: found[2])
+            self._known[kept] = mask, default
+        return self._known[kept]
 
     @cached_property
     def median(self) -> Tensor:
@@ -161,12 +164,22 @@ class RowsForm:
         return RowsOperator(shape, setting)
 
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[RowsSetting] | None = None) -> list[Candidate]:
-        """Which rows are kept depends on all of them, so a table is fitted whole."""
+        """Which rows are kept depends on all of them, so a table is fitted whole.
+
+        Of the ladder, rows that do not feel one another are rounded once for all shares: the range of their scales is
+        then that of all rows.
+        """
         shape: Shape = (weight.shape[0], weight.shape[1])
         prunings, candidates = _prunings(weight, metric), []
+        roundings: dict[int | None, Tensor] = {}
         for setting in self.settings(shape) if settings is None else settings:
-            error = weight.float() - _best(prunings, metric, setting).dense()
-            candidates.append(Candidate(self.name, setting, cost_of(self, shape, setting), metric.distance(error)))
+            if settings is None and metric.rows.is_diagonal:
+                if setting.bits not in roundings:
+                    roundings[setting.bits] = stored_rows(weight.float(), metric, setting.bits).dense()
+                distance = _distance(prunings, metric, setting, roundings[setting.bits])
+            else:
+                distance = metric.distance(weight.float() - _best(prunings, metric, setting).dense())
+            candidates.append(Candidate(self.name, setting, cost_of(self, shape, setting), distance))
         return candidates
 
     def fit(self, weight: Tensor, metric: Metric, setting: RowsSetting) -> RowsOperator:
@@ -182,6 +195,14 @@ def _prunings(weight: Tensor, metric: Metric) -> list[Pruning]:
 def _best(prunings: list[Pruning], metric: Metric, setting: RowsSetting) -> RowsOperator:
     fits = [pruned(pruning.weight.float(), pruning.metric, setting, *_chosen(pruning, setting)) for pruning in prunings]
     return min(fits, key=lambda fit: metric.distance(prunings[0].weight.float() - fit.dense()))
+
+
+def _distance(prunings: list[Pruning], metric: Metric, setting: RowsSetting, rounded: Tensor) -> float:
+    """The distance of the better choice of rows, which are kept as they stand in `rounded`."""
+    weight = prunings[0].weight.float()
+    choices = [_chosen(pruning, setting) for pruning in prunings]
+    stored = ((mask, from_bits(bits_of(default))) for mask, default in choices)
+    return min(metric.distance(weight - torch.where(mask[:, None], rounded, default)) for mask, default in stored)
 
 
 def _chosen(pruning: Pruning, setting: RowsSetting) -> tuple[Tensor, Tensor]:
