@@ -121,7 +121,7 @@ def draw_all(
     if known is not None and known["resources"] != list(resources or ()):
         run.undraw(known["left_out"], [site.name for site in others])
         run.put("drawn_for", None)
-    run.put("near_the_best", None)
+    run.put("worth_probing", None)
     draw = partial(_draw, run, model, workers=workers)
     if resources is None or settings is not None:
         yield from draw(scouts, lambda _: forms, lambda _: settings, apart=True)
@@ -149,7 +149,8 @@ def draw_all(
 
     left_out = sorted({name for site in sites for name in set(forms).difference(complete(site))})
     run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
-    run.put("near_the_best", {kind: sorted(ladders) for kind, ladders in near.items()})
+    whole = {kind: sorted(n for n, ladder in ladders.items() if ladder is None) for kind, ladders in near.items()}
+    run.put("worth_probing", {kind: names or sorted(near[kind]) for kind, names in whole.items()})
     yield from draw(
         others, lambda site: at(site, near.get(site.kind, forms)), lambda site: _ladders_at(site, near.get(site.kind))
     )

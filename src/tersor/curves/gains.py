@@ -39,17 +39,17 @@ def probe_gains(
 ) -> Iterator[str]:
     """Measure probes on held-back batches; measured over predicted is the gain of a form at a site.
 
-    Where the scouts showed which forms a plan could want, only these are probed. Half of the workers fit probes while
-    those before are measured, with all threads for any number of workers, as sums depend on their number. `gain` is
-    that of `int`, which forms without a probe of their own borrow, or of the first form where that is not probed; 1
+    Where the scouts showed of which forms a plan could want much, only these are probed. Half of the workers fit probes
+    while those before are measured, with all threads for any number of workers, as sums depend on their number. `gain`
+    is that of `int`, which forms without a probe of their own borrow, or of the first form where that is not probed; 1
     where nothing is seen. Yields the name of every site when it was measured.
     """
     scouts = {site.name for site in scouts_of([site for site in sites if not is_unused(run, site)])}
-    near = run.get("near_the_best") or {}
+    worth = run.get("worth_probing") or {}
 
     def units() -> Iterator[tuple[Site, Callable[[], tuple[Any, ...]]]]:
         for site in sites:
-            wanted = [name for name in forms if name in near.get(site.kind, forms)]
+            wanted = [name for name in forms if name in worth.get(site.kind, forms)]
             probes = _missing_probes(run, site, wanted, is_scout=site.name in scouts)
             if probes:
                 yield site, partial(_probe_arguments, run, model, site, probes)

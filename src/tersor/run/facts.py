@@ -54,7 +54,7 @@ _FACTS: dict[str, Any] = {
     "damping_evidence": [{"inputs": float, "gradients": float, "frequencies": float, "table": bool}],
     "interaction": [Row((float, float))],
     "drawn_for": ({"resources": [str], "left_out": [str]}, None),
-    "near_the_best": ({str: [str]}, None),
+    "worth_probing": ({str: [str]}, None),
     "latencies": {"machine": str, "whole": float, "calls": {str: [str]}, "layers": {str: {str: float}}},
 }  # fmt: skip
 _BY_PREFIX: dict[str, Any] = {
