@@ -36,8 +36,8 @@ from tersor.steps import Study, open_study
 
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = tuple(name for name in FORMS if name != "portable")  # which is `int` as exports can hold it
-WANTED = (0.5, 5.0)  # bits a weight of the settings that are drawn everywhere
-CLOSE = 3.0  # times the mixed plan's prediction up to which a plan is measured at every budget
+WANTED = (1.0, 4.2)  # bits a weight of the settings that are drawn everywhere
+CLOSE = 2.0  # times the mixed plan's prediction up to which a plan is measured at every budget
 STEPS = ("observe", "damping", "limit", "draw", "probe")
 
 

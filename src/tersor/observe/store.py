@@ -46,9 +46,9 @@ def load_metrics(run: Run, site: Site, kind: str, part: str = "fit") -> list[Met
             summary = found.get((index, *use))
             mean = pooled[use].positions / site.stack
             own = 0.0 if summary is None else summary.positions
-            metric = (summary if summary and own >= FEW_POSITIONS * mean else pooled[use]).metric(
-                kind, rows_are_inputs=use[1] == "rows"
-            )
+            seen = summary if summary and own >= FEW_POSITIONS * mean else pooled[use]
+            seen = seen.with_unseen_rows() if use[0] == "table" else seen
+            metric = seen.metric(kind, rows_are_inputs=use[1] == "rows")
             scale = 0.5 * max(own, 1.0) / max(pooled[use].predictions, 1.0)
             parts.append(Metric(metric.kind, metric.rows, metric.columns, scale))
         metrics.append(nearest_kronecker(parts))

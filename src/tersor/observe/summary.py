@@ -7,13 +7,15 @@ the first is the frequency of every row. Sums are kept, so summaries add; the da
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tersor.metrics import Metric, Side
+
+MOST_UNSEEN = 0.5  # of look-ups: where nearly all rows came up once, too little was seen to tell
 
 
 @dataclass
@@ -80,6 +82,24 @@ class Summary:
             f.name: tensors[f.name] if f.type == "Tensor" else float(tensors[f.name]) for f in fields(cls)
         }
         return cls(**values)
+
+    def with_unseen_rows(self) -> Summary:
+        """The summary of a table in use, where rows come up that the calibration data never looked up.
+
+        Together as often as those that it looked up once (Good and Turing's estimate, of half of all look-ups at most),
+        and each time with the gradients that these had; all others come up less by that much.
+        """
+        once, never = self.inputs == 1, self.inputs == 0
+        if not once.any() or not never.any():
+            return self
+        share = min(float(once.sum()) / self.positions, MOST_UNSEEN)
+
+        def spread(sums: Tensor) -> Tensor:
+            found = (1 - share) * sums
+            found[never] = share * self.positions * sums[once].mean() / never.sum()
+            return found
+
+        return replace(self, inputs=spread(self.inputs), weighted_inputs=spread(self.weighted_inputs))
 
     @property
     def has_gradients(self) -> bool:
