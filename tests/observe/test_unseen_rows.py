@@ -63,7 +63,7 @@ class Speaker(nn.Module):
 
 
 def test_pruned_rows_are_predicted_to_do_what_they_do_on_data_of_use(tmp_path: Path) -> None:
-    """Rows are looked up as words are: one in ten in use was never seen, and were these free, all would be worse."""
+    """A third of the rows did not come up while calibrating. Were these free, the ratios were 1.3 and 4.7."""
     torch.manual_seed(0)
     words, generator = 1 / torch.arange(1.0, ROWS + 1), torch.Generator().manual_seed(0)
 
