@@ -149,8 +149,7 @@ def draw_all(
 
     left_out = sorted({name for site in sites for name in set(forms).difference(complete(site))})
     run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
-    whole = {kind: sorted(n for n, ladder in ladders.items() if ladder is None) for kind, ladders in near.items()}
-    run.put("worth_probing", {kind: names or sorted(near[kind]) for kind, names in whole.items()})
+    run.put("worth_probing", {kind: _worth_probing(ladders, kind, others) for kind, ladders in near.items()})
     yield from draw(
         others, lambda site: at(site, near.get(site.kind, forms)), lambda site: _ladders_at(site, near.get(site.kind))
     )
@@ -177,6 +176,12 @@ def _ladders(worth: Mapping[str, set[Setting]], scouts: Sequence[Site]) -> dict[
         name: settings if settings <= known[name] and 2 * len(settings) <= len(known[name]) else None
         for name, settings in worth.items()
     }
+
+
+def _worth_probing(ladders: Mapping[str, set[Setting] | None], kind: str, others: Sequence[Site]) -> list[str]:
+    """The forms most of whose settings are near to the best; all that have one where scouts stand for no other site."""
+    whole = [name for name, ladder in ladders.items() if ladder is None]
+    return sorted(whole if whole and any(site.kind == kind for site in others) else ladders)
 
 
 def _ladders_at(site: Site, ladders: Mapping[str, set[Setting] | None] | None) -> Ladders | None:
