@@ -1,6 +1,6 @@
 """Plans of all forms beside those of each form alone, at five budgets: what mixing families is worth, measured.
 
-    python bench/families.py MODEL [--run DIR] [--mixed-only]
+    python bench/families.py MODEL [--run DIR] [--mixed-only] [--alone coded,trellis]
 
 The mixed plans are of a study as `compress` makes it under limits on bytes: every form at a few sites, elsewhere what
 came near to the best there. For the others the rest is drawn, every form everywhere, in the settings that such budgets
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,14 @@ CLOSE = 2.0  # times the mixed plan's prediction up to which a plan is measured 
 STEPS = ("observe", "damping", "limit", "draw", "probe")
 
 
-def draw_the_rest(opened: Study) -> float:
-    """Draw every form where the study did not, in the settings that are wanted; returns the seconds it took."""
+def draw_the_rest(opened: Study, names: Sequence[str]) -> float:
+    """Draw these forms where the study did not, in the settings that are wanted; returns the seconds it took."""
     start, run = time.perf_counter(), opened.run
 
     def units() -> Iterator[tuple[str, Callable[[], tuple[Any, ...]]]]:
         for site in sorted(opened.sites, key=lambda site: -site.parameters):
             known = {(c.form, c.setting) for c in run.candidates(site.name)}
-            for name in () if is_unused(run, site) else FAMILIES:
+            for name in () if is_unused(run, site) else names:
                 missing = [as_values(setting) for setting in wanted(site, name) if (name, setting) not in known]
                 if missing:
                     yield site.name, partial(arguments, site, name, missing)
@@ -96,9 +96,11 @@ def hulls(opened: Study) -> dict[str, Any]:
     return {"site": site.name, "shape": site.shape, "forms": found}
 
 
-def alone(opened: Study, judge: Judge, budget: str, most: float) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Every form's own plan at a budget, measured where it is predicted to do `most` damage; None: it has none."""
-    for name in FAMILIES:
+def alone(
+    opened: Study, judge: Judge, names: Sequence[str], budget: str, most: float
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Each form's own plan at a budget, measured where it is predicted to do `most` damage; None: it has none."""
+    for name in names:
         try:
             plan = opened.plan(budget, forms=(name,))
         except UnreachableBudget:
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("model", choices=NAMES)
     parser.add_argument("--run", type=Path, default=None)
     parser.add_argument("--mixed-only", action="store_true")
+    parser.add_argument("--alone", default=",".join(FAMILIES), help="the forms whose own plans are made")
     given = parser.parse_args()
     known, scratch = reference(given.model), given.run or Path(tempfile.mkdtemp())
     target = RESULTS / f"families-{known.name}.json"
@@ -137,10 +140,11 @@ def main() -> None:
     target.write_text(json.dumps(found, indent=1), encoding="utf8")
     if given.mixed_only:
         return
+    names = given.alone.split(",")
     if not (scratch / "whole").exists():
         shutil.copytree(scratch / "scouted", scratch / "whole")
     whole = open_study(opened.model, scratch / "whole")
-    print(f"everything drawn everywhere {draw_the_rest(whole):.0f} s more", flush=True)
+    print(f"everything drawn everywhere {draw_the_rest(whole, names):.0f} s more", flush=True)
     for cell in found["cells"]:
         cell["whole_predicted"] = whole.plan(cell["budget"]).divergence
         ratio = cell["mixed"]["predicted"] / cell["whole_predicted"]
@@ -149,7 +153,7 @@ def main() -> None:
     for cell in sorted(found["cells"], key=lambda cell: cell["budget"] != middle):
         most = float("inf") if cell["budget"] == middle else CLOSE * cell["mixed"]["predicted"]
         print(cell["budget"], flush=True)
-        for name, row in alone(whole, judge, cell["budget"], most):
+        for name, row in alone(whole, judge, names, cell["budget"], most):
             print(shown(name, row), flush=True)
             cell["alone"][name] = row
             target.write_text(json.dumps(found, indent=1), encoding="utf8")
