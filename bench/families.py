@@ -126,12 +126,13 @@ def main() -> None:
     given = parser.parse_args()
     known, scratch = reference(given.model), given.run or Path(tempfile.mkdtemp())
     target = RESULTS / f"families-{known.name}.json"
+    is_new = not (scratch / "scouted").exists()
     opened = known.study(scratch / "scouted", forms=FAMILIES, resources=("stored",))
-    found: dict[str, Any] = {"model": known.name, "cells": []}
-    found["seconds"] = {step: opened.run.get(f"seconds/{step}", 0.0) for step in STEPS}
-    found["drawn"] = {name: round(seconds) for name, seconds in opened.run.seconds_by_form().items()}
-    found["hulls"] = hulls(opened)
-    print(f"{known.name}: study of {len(FAMILIES)} forms {sum(found['seconds'].values()):.0f} s", flush=True)
+    found: dict[str, Any] = {"model": known.name, "cells": [], "hulls": hulls(opened)}
+    if is_new:  # of one that went on, no time can be told
+        found["seconds"] = {step: opened.run.get(f"seconds/{step}", 0.0) for step in STEPS}
+        found["drawn"] = {name: round(seconds) for name, seconds in opened.run.seconds_by_form().items()}
+        print(f"{known.name}: study of {len(FAMILIES)} forms {sum(found['seconds'].values()):.0f} s", flush=True)
     judge = Judge.of(known, opened.model)
     for budget in known.budgets:
         cell = {"budget": budget, "mixed": measured(opened, judge, opened.plan(budget)), "alone": {}}

@@ -238,8 +238,10 @@ def families_table(found: dict[str, Any]) -> Iterator[str]:
     for form in sorted({form for cell in cells for form in cell["alone"]}, key=middle):
         yield f"| {form} | {' | '.join(_damage(cell['alone'][form]) for cell in cells)} |"
     whole = ", ".join(f"{c['mixed']['predicted'] / c['whole_predicted']:.3f}" for c in cells)
-    yield f"\nPredicted for the mixed plans over what it is with all drawn everywhere: {whole}. The study took:\n"
-    yield f"| {' | '.join(found['seconds'])} | all |\n|{' --- |' * (len(found['seconds']) + 1)}"
+    yield f"\nPredicted for the mixed plans over what it is with these forms drawn everywhere: {whole}."
+    if "seconds" not in found:
+        return
+    yield f"\nThe study took:\n\n| {' | '.join(found['seconds'])} | all |\n|{' --- |' * (len(found['seconds']) + 1)}"
     values = found["seconds"].values()
     yield f"| {' | '.join(f'{v:.0f} s' for v in values)} | {sum(values) / 60:.1f} min |"
     most = sorted(found["drawn"].items(), key=lambda item: -item[1])
