@@ -51,10 +51,12 @@ def draw_the_rest(opened: Study, names: Sequence[str]) -> float:
             for name in () if is_unused(run, site) else names:
                 missing = [as_values(setting) for setting in wanted(site, name) if (name, setting) not in known]
                 if missing:
-                    yield site.name, partial(arguments, site, name, missing)
+                    most = 2 * len(missing) > len(list(FORMS[name].settings(site.shape)))
+                    yield site.name, partial(arguments, site, name, None if most else missing)
 
-    def arguments(site: Site, name: str, ladder: list[dict[str, Any]]) -> tuple[Any, ...]:
-        return site.matrices(opened.model.module).cpu(), site_metrics(run, site), [name], {name: ladder}
+    def arguments(site: Site, name: str, ladder: list[dict[str, Any]] | None) -> tuple[Any, ...]:
+        ladders = None if ladder is None else {name: ladder}  # a whole one is drawn faster than most of it is fitted
+        return site.matrices(opened.model.module).cpu(), site_metrics(run, site), [name], ladders
 
     for site_name, curves in map_units(draw_unit, units()):
         for form, (curve, seconds) in curves.items():

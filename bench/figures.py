@@ -232,13 +232,14 @@ def families_table(found: dict[str, Any]) -> Iterator[str]:
     yield f"| **all forms** | {' | '.join(_damage(cell['mixed']) for cell in cells)} |"
 
     def middle(form: str) -> float:
-        row = cells[len(cells) // 2]["alone"].get(form)
-        return float("inf") if row is None else float(row["divergence"]["value"])
+        row = cells[len(cells) // 2]["alone"].get(form) or {}
+        return float(row.get("divergence", {}).get("value", "inf"))
 
     for form in sorted({form for cell in cells for form in cell["alone"]}, key=middle):
         yield f"| {form} | {' | '.join(_damage(cell['alone'][form]) for cell in cells)} |"
-    whole = ", ".join(f"{c['mixed']['predicted'] / c['whole_predicted']:.3f}" for c in cells)
-    yield f"\nPredicted for the mixed plans over what it is with these forms drawn everywhere: {whole}."
+    if all("whole_predicted" in cell for cell in cells):
+        whole = ", ".join(f"{c['mixed']['predicted'] / c['whole_predicted']:.3f}" for c in cells)
+        yield f"\nPredicted for the mixed plans over what it is with these forms drawn everywhere: {whole}."
     if "seconds" not in found:
         return
     yield f"\nThe study took:\n\n| {' | '.join(found['seconds'])} | all |\n|{' --- |' * (len(found['seconds']) + 1)}"
