@@ -126,7 +126,19 @@ def draw_all(
     if resources is None or settings is not None:
         yield from draw(scouts, lambda _: forms, lambda _: settings, apart=True)
         yield from draw(others, lambda _: forms, lambda _: settings)
-        return
+    else:
+        yield from _draw_near_the_best(run, scouts, others, forms, resources, draw)
+
+
+def _draw_near_the_best(
+    run: Run,
+    scouts: Sequence[Site],
+    others: Sequence[Site],
+    forms: Sequence[str],
+    resources: Sequence[str],
+    draw: Callable[..., Iterator[str]],
+) -> Iterator[str]:
+    """Draw small scouts, giants, then the others; keeps in the run which forms are not whole, and what to probe."""
 
     def at(site: Site, names: Iterable[str]) -> list[str]:
         return [name for name in forms if name in names and (site.kind == "table" or name not in OF_TABLES)]
@@ -140,14 +152,10 @@ def draw_all(
     for kind in {site.kind for site in scouts}:
         alike = [site for site in scouts if site.kind == kind]
         near[kind] = _ladders(worth_drawing(_curves(run, alike, forms), resources), alike)
-
-    def complete(site: Site) -> list[str]:
-        """The forms whose whole curve is drawn at a site."""
-        if site in scouts:
-            return at(site, tried.get(site.name, forms))
-        return at(site, [name for name, ladder in near.get(site.kind, {}).items() if ladder is None])
-
-    left_out = sorted({name for site in sites for name in set(forms).difference(complete(site))})
+    whole = {site.name: at(site, tried.get(site.name, forms)) for site in scouts}
+    for site in others:
+        whole[site.name] = at(site, [name for name, ladder in near.get(site.kind, {}).items() if ladder is None])
+    left_out = sorted({name for found in whole.values() for name in set(forms).difference(found)})
     run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
     run.put("worth_probing", {kind: _worth_probing(ladders, kind, others) for kind, ladders in near.items()})
     yield from draw(
