@@ -131,9 +131,13 @@ def main() -> None:
     is_new = not (scratch / "scouted").exists()
     opened = known.study(scratch / "scouted", forms=FAMILIES, resources=("stored",))
     found: dict[str, Any] = {"model": known.name, "cells": [], "hulls": hulls(opened)}
-    if is_new:  # of one that went on, no time can be told
-        found["seconds"] = {step: opened.run.get(f"seconds/{step}", 0.0) for step in STEPS}
-        found["drawn"] = {name: round(seconds) for name, seconds in opened.run.seconds_by_form().items()}
+    took = scratch / "took.json"  # of a study that went on after it was stopped, no time can be told
+    if is_new:
+        seconds = {step: opened.run.get(f"seconds/{step}", 0.0) for step in STEPS}
+        drawn = {name: round(seconds) for name, seconds in opened.run.seconds_by_form().items()}
+        took.write_text(json.dumps({"seconds": seconds, "drawn": drawn}), encoding="utf8")
+    if took.exists():
+        found |= json.loads(took.read_text(encoding="utf8"))
         print(f"{known.name}: study of {len(FAMILIES)} forms {sum(found['seconds'].values()):.0f} s", flush=True)
     judge = Judge.of(known, opened.model)
     for budget in known.budgets:

@@ -19,9 +19,13 @@ def draw(found: dict[str, Any], target: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": found["model"], "svg.fonttype": "none", "font.size": 9})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", width_ratios=(2, 1))
     hulls = found["hulls"]
-    for number, name in enumerate(_by_merit(hulls["forms"])):
-        style = {"color": COLOURS[number % len(COLOURS)], "ls": DASHES[number // len(COLOURS)]}
-        left.plot(*zip(*hulls["forms"][name], strict=True), lw=1.4, label=name, **style)
+    shares = [cell["mixed"]["weights"] for cell in found["cells"]]
+    used = sorted({name for share in shares for name in share}, key=lambda n: -sum(s.get(n, 0) for s in shares))
+    order = list(dict.fromkeys([*used, *_by_merit(hulls["forms"])]))  # so that no two bars have one colour
+    styles = {name: (COLOURS[k % len(COLOURS)], DASHES[k // len(COLOURS)]) for k, name in enumerate(order)}
+    for name in _by_merit(hulls["forms"]):
+        colour, dashes = styles[name]
+        left.plot(*zip(*hulls["forms"][name], strict=True), lw=1.4, label=name, color=colour, ls=dashes)
     left.set(xscale="log", yscale="log", xlim=(0.5, 9), xlabel="stored bits a weight", ylabel="predicted nats")
     left.set_xticks([0.5, 1, 2, 3, 4, 6, 8], ["0.5", "1", "2", "3", "4", "6", "8"], minor=False)
     left.set_xticks([], minor=True)
@@ -31,12 +35,10 @@ def draw(found: dict[str, Any], target: Path) -> None:
     left.set_title(f"{hulls['site']} ({' x '.join(map(str, hulls['shape']))})", loc="left")
     left.legend(loc="lower left", frameon=False, ncols=2)
     budgets = [cell["budget"] for cell in found["cells"]]
-    shares = [cell["mixed"]["weights"] for cell in found["cells"]]
-    used = sorted({name for share in shares for name in share}, key=lambda n: -sum(s.get(n, 0) for s in shares))
     below = [0.0] * len(budgets)
-    for number, name in enumerate(used):
+    for name in used:
         heights = [100 * share.get(name, 0) / sum(share.values()) for share in shares]
-        right.bar(budgets, heights, bottom=below, color=COLOURS[number % len(COLOURS)], width=0.7, label=name)
+        right.bar(budgets, heights, bottom=below, color=styles[name][0], width=0.7, label=name)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     right.set(ylim=(0, 100), xlabel="budget, share of the original file", ylabel="% of the weights")
     right.set_title("what the best plans use", loc="left")
