@@ -15,7 +15,7 @@ from torch import nn
 from tersor.coding import Coded, StreamError, decode
 from tersor.errors import TersorError
 from tersor.forms import CodedForm, CodedSetting, IntForm, IntSetting, stacked
-from tersor.forms.coded import Packed
+from tersor.forms.coded import CodedOperator, Packed
 from tersor.metrics import Metric, Side
 from tersor.metrics import metric as metric_module
 from tersor.plan.solve import Option, solve
@@ -251,3 +251,13 @@ def test_a_table_is_drawn_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch)
             assert guess.cost.stored == pytest.approx(candidate.cost.stored, rel=0.02)
             assert guess.divergence == pytest.approx(candidate.divergence, rel=0.02)
             assert FORM.fit(weight, metric, guess.setting).nbytes <= guess.cost.stored
+
+
+def test_few_positions_out_of_reach_are_multiplied_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = FORM.fit(gaussian(24, 16), moments(24, 16), CodedSetting(0.05))
+    x = gaussian(1, 16, 1)
+    expected = x @ operator.dense().T
+    monkeypatch.setattr("tersor.forms.coded.BLOCK", 64)
+    monkeypatch.setattr("tersor.forms.base.in_reach", lambda tensor: False)
+    monkeypatch.setattr(CodedOperator, "decode", lambda self: pytest.fail("decoded whole"))
+    assert torch.allclose(operator(x), expected, rtol=1e-4, atol=1e-5)

@@ -107,26 +107,7 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T` for `x` (..., columns)."""
-        y = self._product_of_few(x)
-        return nn.functional.linear(x, self.dense(x.dtype)) if y is None else y
-
-    def _product_of_few(self, x: Tensor) -> Tensor | None:
-        """`x W^T` without decoding, for few positions that need no gradient on a CPU; None where that is not to be."""
-        if self._decoded is not None or x.numel() > FEW * self.shape[1] or not in_reach(x):
-            return None
-        if x.requires_grad:
-            if torch.is_grad_enabled():
-                return None
-            x = x.detach()
-        values = (x if x.dtype == torch.float32 else x.float()).numpy()
-        product = self.product(np.ascontiguousarray(values.reshape(-1, self.shape[1])))
-        if product is None:
-            return None
-        return torch.from_numpy(product.reshape(*values.shape[:-1], self.shape[0])).to(x.dtype)
-
-    def product(self, x: Array) -> Array | None:
-        """`x W^T` (positions, rows) straight from what is stored, `x` (positions, columns) float32; None: decode it."""
-        return None
+        return nn.functional.linear(x, self.dense(x.dtype))
 
     def take(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The rows at `index` (...), as (..., columns)."""
@@ -152,6 +133,36 @@ class RowOperator(Operator):
             return super().take(index, dtype)
         rows = self.decode_rows(index.reshape(-1))
         return rows.reshape(*index.shape, self.shape[1]).to(dtype)
+
+
+class PackedOperator(RowOperator):
+    """A row operator that multiplies few positions as it lies in memory, with a row at a time in the cache."""
+
+    def product(self, x: Array) -> Array | None:
+        """`x W^T` (positions, rows) for `x` (positions, columns), float32; None where no compiled loop can read."""
+        raise TypeError(f"{type(self).__name__} does not say how it is multiplied")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._product_of_few(x)
+        return self._product_of_many(x) if y is None else y
+
+    def _product_of_few(self, x: Tensor) -> Tensor | None:
+        """`x W^T` without decoding, for few positions that need no gradient on a CPU; None where that is not to be."""
+        if self._decoded is not None or x.numel() > FEW * self.shape[1] or not in_reach(x):
+            return None
+        if x.requires_grad:
+            if torch.is_grad_enabled():
+                return None
+            x = x.detach()
+        values = (x if x.dtype == torch.float32 else x.float()).numpy()
+        product = self.product(np.ascontiguousarray(values.reshape(-1, self.shape[1])))
+        if product is None:
+            return None
+        return torch.from_numpy(product.reshape(*values.shape[:-1], self.shape[0])).to(x.dtype)
+
+    def _product_of_many(self, x: Tensor) -> Tensor:
+        """`x W^T` by decoding the matrix."""
+        return super().forward(x)
 
 
 class Form(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tersor.coding import encode
 from tersor.errors import TersorError
-from tersor.forms.base import FEW, Array, Candidate, Cost, RowOperator, Shape, cost_of
+from tersor.forms.base import Array, Candidate, Cost, PackedOperator, Shape, cost_of
 from tersor.forms.lattice import Lattice
 from tersor.forms.packed import Packed, unpack_stream
 from tersor.metrics import Metric
@@ -65,7 +65,7 @@ class CodedSetting:
         return f"coded {self.step:.2g}"
 
 
-class CodedOperator(RowOperator):
+class CodedOperator(PackedOperator):
     """A stream; decoded when first used into packed integers, escapes, and the logarithms of the steps."""
 
     setting: CodedSetting
@@ -124,10 +124,10 @@ class CodedOperator(RowOperator):
     def product(self, x: Array) -> Array | None:
         return self.packed().product(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _product_of_many(self, x: Tensor) -> Tensor:
         rows = max(1, BLOCK // self.shape[1])
-        if self._decoded is not None or rows >= self.shape[0] or x.numel() <= FEW * self.shape[1]:
-            return super().forward(x)
+        if self._decoded is not None or rows >= self.shape[0]:
+            return super()._product_of_many(x)
         packed = self.packed()
         blocks = torch.arange(self.shape[0], device=x.device).split(rows)
         return torch.cat([nn.functional.linear(x, packed.rows(block).to(x.dtype)) for block in blocks], -1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Array, Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
+from tersor.forms.base import Array, Candidate, PackedOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import FREE_ROWS, Grid, round_with_feedback, spans
 from tersor.metrics import Metric
@@ -75,7 +75,7 @@ class IntSetting:
         return whole if self.zeros == "whole" else zero.clamp(0, top)
 
 
-class IntOperator(RowOperator):
+class IntOperator(PackedOperator):
     """Packed codes (rows, bytes); scales and zeros of groups, 16-bit floats or 8-bit codes of a range of the tensor."""
 
     setting: IntSetting

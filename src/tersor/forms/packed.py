@@ -18,7 +18,6 @@ from tersor.forms.base import Array, Shape
 from tersor.forms.packing import Arrays, in_reach, pack, packed_width, unpack
 
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
-Ints = np.ndarray[Any, Any]
 ALL = np.empty(0, np.int64)  # stands for the rows of a whole matrix
 
 
@@ -126,7 +125,7 @@ def unpack_stream(stream: Tensor, shape: Shape) -> Packed:
     return Packed.of(decode(stream.numpy().tobytes(), shape))
 
 
-def _packed_bytes(codes: np.ndarray[Any, Any], bits: int) -> int:
+def _packed_bytes(codes: Array, bits: int) -> int:
     half = 1 << (bits - 1)
     escapes = int(((codes < -half) | (codes >= half)).sum())
     each = _position_type(codes.size).itemsize + _escape_type(codes).itemsize
@@ -137,5 +136,5 @@ def _position_type(entries: int) -> torch.dtype:
     return torch.int32 if entries < 2**31 else torch.int64
 
 
-def _escape_type(codes: Ints) -> torch.dtype:
+def _escape_type(codes: Array) -> torch.dtype:
     return torch.int16 if np.abs(codes).max(initial=0) < 2**15 else torch.int32
