@@ -23,12 +23,13 @@ pytest.importorskip("ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    """One cluster for all tests here, which every engine of theirs finds running."""
+    """One cluster for all tests here, which every engine of theirs finds running; its workers yield to nothing else."""
     import ray
 
     paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([paths, os.environ.get("PYTHONPATH", "")])}}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    of_cluster: dict[str, Any] = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+    ray.init(address="local", num_cpus=4, log_to_driver=False, runtime_env=environment, **of_cluster)
     yield
     ray.shutdown()
 
