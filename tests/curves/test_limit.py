@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.curves import limit
-from tersor.curves.limit import Limit, spectrum, times_limit
+from tersor.curves.limit import Eigenvalues, Limit, spectrum, times_limit
 from tersor.metrics import Metric, Side
 from tersor.plan import Interaction
 from tersor.steps import Study, limit_of, open_study, study
@@ -71,6 +71,15 @@ def test_all_sites_together_equal_bisection_over_all_products(make_metric: Make)
     assert int(found.counts.sum()) == len(energies)
     for bits in (0.0, 1.0, 30.0, 300.0, 3000.0, 8000.0):
         assert found.divergence(FIXED + bits / 8) == pytest.approx(by_bisection(energies, bits), rel=2e-3)
+
+
+def test_eigenvalues_that_are_kept_are_those_of_the_moment(make_metric: Make) -> None:
+    """Layers that share an input, with another between them."""
+    known, weight = Eigenvalues(), gaussian(1, 12, 20)
+    for seed in (1, 1, 2, 1):
+        metric = make_metric(12, 20, "input", seed=seed)
+        alone, kept = spectrum(weight, [metric]), spectrum(weight, [metric], known)
+        assert all(torch.equal(a, b) for a, b in zip(alone, kept, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "input", "output", "kronecker"])

@@ -190,6 +190,21 @@ def test_a_table_is_drawn_from_some_of_its_rows(form: Form, monkeypatch: pytest.
         assert sampled.divergence == pytest.approx(exact.divergence, rel=0.06)
 
 
+@pytest.mark.parametrize("name", ["int", "float"])
+def test_a_weight_whose_rows_all_matter_as_much_is_drawn_from_a_few(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1500, 48, generator=generator) * (0.3 + torch.rand(1500, 1, generator=generator))
+    mix = torch.randn(48, 60, generator=generator)
+    metric = Metric("kronecker", Side(torch.full((1500,), 0.3)), Side(mix @ mix.T / 60)).damped(0.0, 0.1)
+    whole = FORMS[name].curve(weight, metric)
+    monkeypatch.setattr(metric_module, "EQUAL_ROWS", 500)
+    few = FORMS[name].curve(weight, metric)
+    assert any(sampled.divergence != exact.divergence for exact, sampled in zip(whole, few, strict=True))
+    for exact, sampled in zip(whole, few, strict=True):
+        assert (sampled.setting, sampled.cost) == (exact.setting, exact.cost)
+        assert sampled.divergence == pytest.approx(exact.divergence, rel=0.06)
+
+
 @each_setting
 def test_forward_and_take_agree_with_dense(form: Form, setting: Any, make_metric: Maker) -> None:
     operator = form.fit(torch.randn(SHAPE), make_metric(*SHAPE), setting)

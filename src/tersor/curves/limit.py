@@ -116,34 +116,57 @@ def store_spectra(run: Run, model: Model, sites: Sequence[Site]) -> Iterator[str
     """Put the spectra of all sites that were used into the run, once; yields the name of every site when it is done."""
     if run.get("spectra"):
         return
-    unused = run.get("unused_sites", ())
+    unused, eigenvalues = run.get("unused_sites", ()), Eigenvalues()
     for site in sites:
         if site.name not in unused and not run.has_tensors(_file_of(site)):
             metrics = load_metrics(run, site, run.get("metric"))
-            counts, energies = spectrum(site.matrices(model.module).cpu(), metrics)
+            counts, energies = spectrum(site.matrices(model.module).cpu(), metrics, eigenvalues)
             run.put_tensors(_file_of(site), {"counts": counts, "energies": energies})
         yield site.name
     run.put("spectra", True)
 
 
-def spectrum(weights: Tensor, metrics: Sequence[Metric]) -> tuple[Tensor, Tensor]:
+class Eigenvalues:
+    """The eigenvalues of moments; the last are kept, for layers in a row often share their input."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, side: Side) -> Tensor:
+        """Those of a moment that are not negligible (n,), in float64; those of a diagonal are its entries."""
+        if side.is_diagonal:
+            return _not_negligible(side.moment.double())
+        if self._last is None or not torch.equal(self._last[0], side.moment):
+            self._last = side.moment, _not_negligible(torch.linalg.eigvalsh(side.moment.double()))
+        return self._last[1]
+
+
+def _not_negligible(values: Tensor) -> Tensor:
+    return values[values > max(NEGLIGIBLE * float(values.max()), 0.0)]
+
+
+def spectrum(
+    weights: Tensor, metrics: Sequence[Metric], eigenvalues: Eigenvalues | None = None
+) -> tuple[Tensor, Tensor]:
     """The energies of a stack of weights (stack, rows, columns) under their metrics, without the gain of the site.
 
     Returns counts (bins,) and the mean energy (bins,) of every bin of 1/16 octave that is not empty, so that the sum of
-    all energies is exact. The products are made a chunk of rows at a time.
+    all energies is exact. The products are made a chunk of rows at a time, those of equal rows once.
     """
-    size = BINS_PER_OCTAVE * OCTAVES
+    size, eigenvalues = BINS_PER_OCTAVE * OCTAVES, eigenvalues or Eigenvalues()
     counts, sums = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.float64)
     for weight, metric in zip(weights, metrics, strict=True):
         scale = metric.scale * float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 / weight.numel()
         if scale <= 0:
             continue
-        columns = _eigenvalues(metric.columns)
-        for rows in (scale * _eigenvalues(metric.rows)).split(max(1, CHUNK // max(1, len(columns)))):
-            octaves = (rows.log2()[:, None] + columns.log2()).flatten()
+        columns = eigenvalues(metric.columns)
+        rows, times = (scale * eigenvalues(metric.rows)).unique_consecutive(return_counts=True)
+        many = max(1, CHUNK // max(1, len(columns)))
+        for some, equal in zip(rows.split(many), times.double().split(many), strict=True):
+            octaves = (some.log2()[:, None] + columns.log2()).flatten()
             bins = (BINS_PER_OCTAVE * (octaves + OCTAVES // 2)).long().clamp(0, size - 1)
-            counts += torch.bincount(bins, minlength=size)
-            sums += torch.bincount(bins, (rows[:, None] * columns).flatten(), minlength=size)
+            counts += torch.bincount(bins, equal.repeat_interleave(len(columns)), minlength=size).long()
+            sums += torch.bincount(bins, ((some * equal)[:, None] * columns).flatten(), minlength=size)
     found = sums > 0
     return counts[found], sums[found] / counts[found]
 
@@ -155,13 +178,6 @@ def _stored(run: Run, site: Site) -> tuple[Floats, Floats]:
         if counts.shape != energies.shape or counts.ndim != 1 or not (np.append(counts, energies) > 0).all():
             raise ValueError("its counts and energies do not go together")
     return counts, energies
-
-
-def _eigenvalues(side: Side) -> Tensor:
-    """The eigenvalues (n,) of a moment that are not negligible, in float64; those of a diagonal are its entries."""
-    moment = side.moment.double()
-    values: Tensor = moment if side.is_diagonal else torch.linalg.eigvalsh(moment)
-    return values[values > max(NEGLIGIBLE * float(values.max()), 0.0)]
 
 
 def _file_of(site: Site) -> str:

@@ -287,7 +287,7 @@ class FloatForm:
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[FloatSetting] | None = None) -> list[Candidate]:
         """Of a table from a sample of its rows, where each row has groups of its own."""
         shape: Shape = (weight.shape[0], weight.shape[1])
-        rows = metric.sampled_rows()
+        rows = metric.sampled_rows(apart=True)
         sample = (weight, metric) if rows is None else (weight[rows[0]], metric.of_rows(*rows))
         return [
             replace(fitted_candidate(self, *sample, setting)[1], cost=cost_of(self, shape, setting))

@@ -230,7 +230,7 @@ class IntForm:
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[IntSetting] | None = None) -> list[Candidate]:
         shape: Shape = (weight.shape[0], weight.shape[1])
         ladder = self.settings(shape) if settings is None else settings
-        rows = metric.sampled_rows()
+        rows = metric.sampled_rows(apart=True)
         sample = None if rows is None else (weight[rows[0]], metric.of_rows(*rows))
 
         def candidate(setting: IntSetting) -> Candidate:

@@ -19,6 +19,7 @@ from tersor.errors import TersorError
 
 STRIP = 1 << 24  # entries of an error that are weighed at a time
 SAMPLED_ROWS = 8192  # rows that stand for all of a table where curves are drawn
+EQUAL_ROWS = 2048  # and for all of a weight whose rows all matter as much, where a fit takes each by itself
 KINDS = ("identity", "diagonal", "input", "output", "kronecker", "input-diagonal", "fisher-input")
 
 
@@ -175,14 +176,19 @@ class Metric:
         judged = judge.rows.moment[index] * counts.to(judge.rows.moment)
         return replace(self, rows=Side(self.rows.moment[index]), judged_by=replace(judge, rows=Side(judged)))
 
-    def sampled_rows(self, *, evenly: bool = False) -> tuple[Tensor, Tensor] | None:
+    def sampled_rows(self, *, evenly: bool = False, apart: bool = False) -> tuple[Tensor, Tensor] | None:
         """Rows (k,) that stand for all of a tall weight whose rows do not feel one another, and for how many each (k,).
 
         Those with the largest moments stand for themselves, a random part of the others for all of these; `evenly`, a
-        random part of all. None where rows feel one another or are few. For `of_rows`.
+        random part of all, as where all have the same. Fewer of these will do for a fit that takes every row `apart`.
+        None where rows feel one another or are few. For `of_rows`.
         """
         size, many = self.rows.size, SAMPLED_ROWS
-        if not self.rows.is_diagonal or size < 2 * many:
+        if not self.rows.is_diagonal:
+            return None
+        if bool((self.rows.moment == self.rows.moment[0]).all()):
+            evenly, many = True, min(many, EQUAL_ROWS) if apart else many
+        if size < 2 * many:
             return None
         order = self.rows.moment.argsort(descending=True, stable=True).cpu()
         certain, others = order.tensor_split([0 if evenly else many // 4])
