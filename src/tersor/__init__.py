@@ -14,6 +14,7 @@ _PUBLIC = {
     "compress": "tersor.steps",
     "study": "tersor.steps",
     "open_study": "tersor.steps",
+    "mirrored": "tersor.run.mirror",
     "build_plan": "tersor.steps",
     "judge_artifact": "tersor.steps",
     "load": "tersor.build.load",

@@ -31,7 +31,8 @@ def compress(
         Path | None, typer.Option(metavar="FILE", help="Lines of text, text, score, to judge an encoder on.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The run folder, kept for other budgets (default: OUT.run).")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The run folder or its URL, kept for other budgets (default: OUT.run)."),
     ] = None,
     weights: o.Weights = None,
     forms: o.Forms = None,

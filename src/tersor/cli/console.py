@@ -22,6 +22,7 @@ from typing import Any, ParamSpec
 import typer
 
 from tersor.errors import TersorError
+from tersor.urls import url_of
 
 P = ParamSpec("P")
 Progress = Callable[[str, str, int, int], Any]
@@ -52,7 +53,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         _silence()
         try:
-            command(*args, **kwargs)
+            with _run_here(kwargs):
+                command(*args, **kwargs)
         except KeyboardInterrupt:
             _fail("Interrupted; the same command goes on from what the run folder holds.", INTERRUPTED)
         except typer.Exit:
@@ -64,6 +66,22 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _fail(sentence_of(error), REFUSED if refused else FAILED)
 
     return run
+
+
+@contextmanager
+def _run_here(options: dict[str, Any]) -> Iterator[None]:
+    """Inside, a run that is a URL is a folder here that is sent there."""
+    url = url_of(options.get("run") or "")
+    if url is None:
+        yield
+        return
+    from tersor.run.mirror import mirrored
+
+    with mirrored(url) as folder:
+        options["run"] = folder
+        yield
+    if not options.get("quiet"):
+        typer.echo(f"The run is in {url}; its copy here is {folder}.", err=True)
 
 
 def _fail(sentence: str, status: int) -> None:

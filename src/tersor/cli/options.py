@@ -13,7 +13,7 @@ import typer
 BUDGET, CALIBRATION, CHOICE, OUTPUT = "Budget", "Calibration", "What may be chosen", "Output"
 
 ModelSource = Annotated[str, typer.Argument(help="A Hugging Face folder, FILE.py:FACTORY or PACKAGE.MODULE:FACTORY.")]
-RunFolder = Annotated[Path, typer.Argument(help="The run folder of a study.")]
+RunFolder = Annotated[Path, typer.Argument(help="The run folder of a study, or its URL, such as s3://bucket/run.")]
 Weights = Annotated[
     Path | None, typer.Option("--weights", metavar="FILE", help="Weights of a FACTORY's module, as safetensors.")
 ]

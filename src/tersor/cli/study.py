@@ -16,7 +16,9 @@ EXAMPLE = "tersor study demo/model --data demo/calibration.txt --run demo/study"
 def study(
     model: o.ModelSource,
     data: o.Calibration,
-    run: Annotated[Path, typer.Option("--run", metavar="FOLDER", help="The run folder to make, or to go on with.")],
+    run: Annotated[
+        Path, typer.Option("--run", metavar="FOLDER", help="The run folder to make or to go on with, or its URL.")
+    ],
     weights: o.Weights = None,
     forms: o.Forms = None,
     include: o.Include = None,

@@ -26,6 +26,7 @@ from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, read_jso
 from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
 from tersor.models.files import is_alive, read_tensors, write_safetensors, write_text
 from tersor.run.facts import pattern_of
+from tersor.urls import url_of
 
 WORKER = "worker.json"  # who works in the folder
 _SCHEMA = """
@@ -48,7 +49,9 @@ class Run:
 
     def __init__(self, folder: Path, *, create: bool = False) -> None:
         self.folder = folder
-        path = folder / "run.db"
+        path, url = folder / "run.db", url_of(folder)
+        if url is not None:
+            raise TersorError(f"{url} is no folder here; open it by `with tersor.mirrored({url!r}) as folder:`.")
         if not create and not path.exists():
             raise TersorError(f"{folder} is no run folder: it has no run.db. `tersor study` makes one.")
         self._refuse_strange_file(path)
