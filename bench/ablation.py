@@ -70,9 +70,11 @@ IN_MEMORY = (
     Variant(
         "trellis, not rotated", form="trellis", change=lambda s: replace(s, rotate=False) if s.bits in FEW else None
     ),
+    Variant("trellis, shrunk", form="trellis", change=lambda s: replace(s, enlarged=False) if s.bits in FEW else None),
     Variant("trellis, one-sided metric and feedback", form="trellis", metric="input"),
     Variant("no trellis", ("int", "lowrank", "int+lowrank")),
     Variant("only integers", ("int",)),
+    Variant("integers, shrunk", form="int", change=lambda s: replace(s, enlarged=False)),
     Variant("integers, one-sided feedback", form="int", change=lambda s: replace(s, rounding="feedback")),
     Variant("integers, no feedback", form="int", change=lambda s: replace(s, rounding="nearest")),
     Variant("integers, no search of scales", form="int", change=lambda s: replace(s, search=False)),

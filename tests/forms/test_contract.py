@@ -170,7 +170,7 @@ def test_the_curve_predicts_the_fit(form: Form, setting: Any, make_metric: Maker
     operator = form.fit(weight, metric, setting)
     assert candidate.form == form.name and candidate.setting == setting
     assert candidate.cost == cost_of(form, SHAPE, candidate.setting) == cost_of(form, SHAPE, operator.setting)
-    assert candidate.divergence == pytest.approx(whitened_distance(metric, weight, operator), rel=1e-3)
+    assert candidate.divergence == pytest.approx(whitened_distance(metric, weight, operator), rel=4e-3)
 
 
 @pytest.mark.parametrize(

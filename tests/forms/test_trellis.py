@@ -227,5 +227,5 @@ def test_rates_beyond_the_bits_are_refused(make_metric: Maker) -> None:
 def test_settings_that_make_no_sense_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(TersorError, match=r"^trellis: "):
         FORM.setting(values)
-    with pytest.raises(TersorError, match="a setting has bits, rotate and free_rows"):
+    with pytest.raises(TersorError, match="a setting has bits, rotate, enlarged and free_rows"):
         FORM.setting({"step": 1})

@@ -29,6 +29,39 @@ def test_distance_is_the_trace_formula(kind: str, make_metric: Maker) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strip", [None, 22])
+def test_what_is_kept_is_an_inner_product(
+    kind: str, strip: int | None, make_metric: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`<W, F> / <W, W>` from distances alone, of the whole and of single rows under the moment of the columns."""
+    if strip is not None:
+        monkeypatch.setattr("tersor.metrics.metric.STRIP", strip)
+    metric, weight, fitted = make_metric(7, 11, kind).damped(0.1, 0.1), torch.randn(7, 11), torch.randn(7, 11)
+
+    def inner(metric: Metric, a: Tensor, b: Tensor) -> float:
+        return (metric.distance(a + b) - metric.distance(a - b)) / 4
+
+    kept, judge = metric.kept(weight, fitted), metric.judged_by
+    assert judge is not None
+    assert float(kept.parts.sum()) == pytest.approx(inner(metric, weight, fitted) / metric.distance(weight), abs=1e-4)
+    for k in range(7):
+        alone = Metric(kind, Side(torch.ones(1)), judge.columns)
+        w, f = weight[k : k + 1], fitted[k : k + 1]
+        assert float(kept.of_rows[k]) == pytest.approx(inner(alone, w, f) / alone.distance(w), abs=1e-4)
+
+
+def test_what_was_scaled_is_undone(make_metric: Maker) -> None:
+    metric, weight = make_metric(7, 11), torch.randn(7, 11)
+    rows = torch.linspace(0.93, 1.05, 7)
+    kept = metric.kept(weight, rows[:, None] * weight)
+    assert torch.allclose(kept.row_factors, 1 / rows.double(), rtol=1e-5)
+    assert kept.factor(kept.row_factors) == pytest.approx(1, abs=1e-5)
+    assert metric.kept(weight, 0.1 * weight).factor() == 1.25  # no more than that
+    nothing = metric.kept(torch.zeros(7, 11), torch.zeros(7, 11))
+    assert nothing.factor() == pytest.approx(1, abs=1e-6) and nothing.row_factors.tolist() == [1.0] * 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_whitening_keeps_distances_and_is_undone(kind: str, make_metric: Maker) -> None:
     metric, error = make_metric(7, 11, kind), torch.randn(7, 11, dtype=torch.float64)
     white = metric.whiten(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ WINDOW = 12  # bits of a state
 MOST_BITS = 6  # that an entry may take
 UNIT = 64  # of logarithms in an octave, and of rates in a bit
 SIDE_BITS = 5  # of a logarithm as stored
+ENLARGED = 1 << 14  # the unit of a factor of all values
 HEADER = struct.Struct("<4sIIBBH" + "hH" * 4)
 # What a full search leaves of the mean square of a Gaussian at 0 to 6 bits (a test finds it again).
 REMAINS = (1.0, 0.2763, 0.0747, 0.0199, 0.0054, 0.0015, 0.00043)
@@ -70,13 +71,23 @@ class Trellis:
     row_scales: Side
     column_scales: Side
     bits: Array  # uint8, the state before the first entry in front
+    enlarged: int = 0  # in 1/16384 of what the values are without it
+
+    @property
+    def factor(self) -> float:
+        """What all values are multiplied by."""
+        return 1 + self.enlarged / ENLARGED
+
+    def enlarged_by(self, factor: float) -> Trellis:
+        """The same with all values multiplied, by no less than one."""
+        return replace(self, enlarged=min(max(0, round((factor - 1) * ENLARGED)), (1 << 16) - 1))
 
     def to_bytes(self) -> bytes:
         """The stream, of `stored_bytes(shape, len(bits))`."""
         sides = (self.row_rates, self.column_rates, self.row_scales, self.column_scales)
         flags = sum(1 << k for k, rotated in enumerate(self.rotated) if rotated)
         numbers = [n for side in sides for n in (side.base, side.step)]
-        head = HEADER.pack(MAGIC, *self.shape, int(self.free_rows), flags, 0, *numbers)
+        head = HEADER.pack(MAGIC, *self.shape, int(self.free_rows), flags, self.enlarged, *numbers)
         body = head + b"".join(_pack_side(side.codes) for side in sides) + self.bits.tobytes()
         return body + struct.pack("<I", zlib.crc32(body))
 
@@ -87,7 +98,7 @@ class Trellis:
             raise StreamError("This is no trellis-coded weight: it does not begin with TST1.")
         if zlib.crc32(stream[:-4]) != struct.unpack("<I", stream[-4:])[0]:
             raise StreamError("A trellis-coded weight is damaged: its checksum is wrong.")
-        _, rows, columns, free, flags, _, *numbers = HEADER.unpack_from(stream)
+        _, rows, columns, free, flags, enlarged, *numbers = HEADER.unpack_from(stream)
         if (rows, columns) != shape:
             raise StreamError(f"A trellis-coded weight has shape {rows} x {columns}, not {shape[0]} x {shape[1]}.")
         at = HEADER.size
@@ -99,7 +110,7 @@ class Trellis:
         bits = np.frombuffer(stream, np.uint8, len(stream) - 4 - at, at) if at < len(stream) - 4 else np.zeros(0, "u1")
         rates, column_rates, scales, column_scales = sides
         turned = bool(flags & 1), bool(flags & 2)
-        found = cls(shape, bool(free), turned, rates, column_rates, scales, column_scales, bits)
+        found = cls(shape, bool(free), turned, rates, column_rates, scales, column_scales, bits, enlarged)
         if sum(int(b.sum()) for b in found.rates()) + WINDOW > 8 * len(bits):
             raise StreamError("A trellis-coded weight is damaged: it has fewer bits than its rates ask for.")
         return found

@@ -42,7 +42,7 @@ def _corrections(shape: Shape) -> Iterable[tuple[IntSetting, LowRankSetting]]:
     for bits in (2, 3):
         for rank in (8, 32):
             if rank * sum(shape) * 4 < shape[0] * shape[1]:
-                yield IntSetting(bits, 128), LowRankSetting(rank, 8)
+                yield IntSetting(bits, 128, enlarged=True), LowRankSetting(rank, 8)
 
 
 def _sparse_corrections(shape: Shape) -> Iterable[tuple[SparseSetting, LowRankSetting]]:

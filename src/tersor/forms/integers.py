@@ -7,6 +7,7 @@ Groups lie along the columns, or along the rows (P435 Rethinking Channel Dimensi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +20,11 @@ from tersor.errors import TersorError
 from tersor.forms.base import Array, Candidate, PackedOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import FREE_ROWS, Grid, round_with_feedback, spans
-from tersor.metrics import Metric
+from tersor.metrics import Kept, Metric
 
 CHUNK = 1 << 17
 STRIP = 1 << 22  # entries that are fitted at a time where rows do not feel one another
+PARTED = 1.02  # times the divergence up to which rows that feel one another are enlarged by themselves
 ROUNDINGS = ("nearest", "feedback", "two-sided")
 ZEROS = ("fine", "whole")
 
@@ -31,7 +33,8 @@ ZEROS = ("fine", "whole")
 class IntSetting:
     """`group_size` None is a whole row (axis `columns`) or a whole column (axis `rows`).
 
-    A `fine` zero lies anywhere on the grid; a `whole` one is a code, as other formats have it.
+    A `fine` zero lies anywhere on the grid; a `whole` one is a code, as other formats have it. What is `enlarged` is
+    multiplied until its error is orthogonal to the weight.
     """
 
     bits: int
@@ -42,6 +45,7 @@ class IntSetting:
     rounding: str = "two-sided"
     search: bool = True
     zeros: str = "fine"
+    enlarged: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -128,6 +132,23 @@ class IntOperator(PackedOperator):
         step = (high - low).clamp_min(1e-6) / 255
         self.scale_range = torch.stack([low, step]).float().view(torch.int32)
         self.scale = ((logs - low) / step).round().clamp(0, 255).to(torch.uint8)
+
+    def enlarge(self, kept: Kept, rows: Tensor | None) -> None:
+        """Multiply the scales, those of rows (rows,) by factors of their own, until the whole weight is kept."""
+        if self.setting.scale_bits == 16:
+            one = torch.ones(len(self.scale), dtype=torch.float64)
+            factors = one * kept.factor() if rows is None else rows * kept.factor(rows)
+            self.scale = bits_of((from_bits(self.scale) * factors.to(self.scale.device)[:, None]).clamp_min(6e-8))
+            return
+        low, step = self.scale_range.view(torch.float32).tolist()
+        moved: Tensor | float = 1.0
+        if rows is not None:
+            codes = self.scale.cpu()
+            others = (codes + (rows.log2() / step).round()[:, None]).clamp(0, 255)
+            moved = torch.exp2(step * (others - codes).double().mean(1))
+            self.scale = others.to(self.scale)
+        low += math.log2(kept.factor(moved))
+        self.scale_range = torch.tensor([low, step]).view(torch.int32).to(self.scale_range.device)
 
     def _stored_zero(self, zero: Tensor) -> Tensor:
         setting = self.setting
@@ -216,13 +237,13 @@ class IntForm:
             sizes = {5: (None,), 6: (None,), 8: (None, 32)}.get(bits, (None, 64, 32))
             for size in sizes:
                 if size is None or size < shape[1]:
-                    yield IntSetting(bits, size, symmetric=size is None, rounding=self.rounding)
+                    yield IntSetting(bits, size, symmetric=size is None, rounding=self.rounding, enlarged=True)
 
     def setting(self, values: Mapping[str, Any]) -> IntSetting:
         return IntSetting(**values)
 
     def probe(self, shape: Shape, curve: Sequence[Candidate]) -> IntSetting:
-        return IntSetting(4, 64)
+        return IntSetting(4, 64, enlarged=True)
 
     def empty(self, shape: Shape, setting: IntSetting) -> IntOperator:
         return IntOperator(shape, setting)
@@ -264,6 +285,8 @@ class IntForm:
             grid = Grid(scale, zero, 2.0**setting.bits - 1)
             rounded = round_with_feedback(part, grid, lower_rows, lower_columns)
             operator.codes[strip] = pack(grid.codes(rounded.to(weight.device)), setting.bits)
+        if setting.enlarged:
+            _enlarge(operator, weight, metric)
         return operator
 
 
@@ -278,10 +301,25 @@ class PortableForm(IntForm):
         for bits in (2, 4, 8):
             for size in (None,) if bits == 8 else (None, 128, 64, 32):
                 if size is None or (size < shape[1] and shape[1] % size == 0):
-                    yield IntSetting(bits, size, "columns", size is None, 16, self.rounding, zeros="whole")
+                    yield IntSetting(
+                        bits, size, "columns", size is None, 16, self.rounding, zeros="whole", enlarged=True
+                    )
 
     def probe(self, shape: Shape, curve: Sequence[Candidate]) -> None:  # type: ignore[override]
         return None
+
+
+def _enlarge(operator: IntOperator, weight: Tensor, metric: Metric) -> None:
+    """Give back what rounding lost of a weight in its own direction: of every row, where rows that feel one another
+    are not parted by that, else of the whole."""
+    fitted = operator.dense()
+    kept = metric.kept(weight, fitted)
+    rows = kept.row_factors if operator.setting.axis == "columns" else None
+    if rows is not None and not metric.rows.is_diagonal:
+        of_rows = (rows * kept.factor(rows)).to(fitted)[:, None]
+        both = [metric.distance(weight - factors * fitted) for factors in (of_rows, kept.factor())]
+        rows = rows if both[0] <= PARTED * both[1] else None
+    operator.enlarge(kept, rows)
 
 
 def search_grid(weight: Tensor, importance: Tensor, setting: IntSetting) -> tuple[Tensor, Tensor]:

@@ -35,17 +35,19 @@ PROBED = 3.0  # bits an entry of the probe
 
 @dataclass(frozen=True)
 class TrellisSetting:
-    """`bits` an entry, and whether the matrix is rotated; a fit fills in whether its rows may be read alone."""
+    """`bits` an entry, whether the matrix is rotated, and whether its values are enlarged until the error is orthogonal
+    to the weight; a fit fills in whether its rows may be read alone."""
 
     bits: float
     rotate: bool = True
+    enlarged: bool = True
     free_rows: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not 0 < self.bits <= MOST_BITS:
             raise TersorError(f"trellis: bits is {self.bits!r}, but must lie above 0 and at most {MOST_BITS}.")
-        if not isinstance(self.rotate, bool) or not isinstance(self.free_rows, bool):
-            raise TersorError("trellis: rotate and free_rows must be true or false.")
+        if not all(isinstance(v, bool) for v in (self.rotate, self.enlarged, self.free_rows)):
+            raise TersorError("trellis: rotate, enlarged and free_rows must be true or false.")
 
     @property
     def label(self) -> str:
@@ -135,7 +137,9 @@ class TrellisForm:
         try:
             return TrellisSetting(**values)
         except TypeError as error:
-            raise TersorError(f"trellis: a setting has bits, rotate and free_rows, not {sorted(values)}.") from error
+            raise TersorError(
+                f"trellis: a setting has bits, rotate, enlarged and free_rows, not {sorted(values)}."
+            ) from error
 
     def probe(self, shape: Shape, curve: Sequence[Candidate]) -> TrellisSetting:
         return TrellisSetting(PROBED)
@@ -158,7 +162,7 @@ class TrellisForm:
         return [Candidate(self.name, complete[s], cost_of(self, shape, complete[s]), d) for s, d in found.items()]
 
     def fit(self, weight: Tensor, metric: Metric, setting: TrellisSetting) -> TrellisOperator:
-        _, trellis = Coder(weight, metric, setting.rotate).coded(setting.bits)
+        _, trellis = Coder(weight, metric, setting.rotate, setting.enlarged).coded(setting.bits)
         operator = TrellisOperator(trellis.shape, replace(setting, free_rows=trellis.free_rows))
         operator.stream = torch.frombuffer(bytearray(trellis.to_bytes()), dtype=torch.uint8)
         return operator

@@ -135,8 +135,8 @@ class Coder:
     more damping is tried.
     """
 
-    def __init__(self, weight: Tensor, metric: Metric, turn: bool) -> None:
-        self.weight, self.metric, self.turn = weight, metric, turn
+    def __init__(self, weight: Tensor, metric: Metric, turn: bool, enlarge: bool = True) -> None:
+        self.weight, self.metric, self.turn, self.enlarge = weight, metric, turn, enlarge
         self._frames: dict[float, Frame] = {}
         self._targets: dict[float, Array] = {}
         self._expected: dict[float, tuple[float, float]] = {}  # by bits
@@ -166,13 +166,21 @@ class Coder:
                 expected = self._quick(bits, more)
             frame = self._frames[more]
             full = frame.walk(self._targets[more], bits)
-            found = self.metric.distance(frame.turned_back(full.error))
+            found, trellis = self._enlarged(frame.turned_back(full.error), full.trellis)
             if kept is None or found < kept[0]:
-                kept = (found, full.trellis)
+                kept = (found, trellis)
             if kept[0] <= OVERLOADED * expected:
                 break
         assert kept is not None
         return kept
+
+    def _enlarged(self, error: Tensor, trellis: Trellis) -> tuple[float, Trellis]:
+        """The divergence of a code and the code, which is to lose nothing of the weight in its own direction."""
+        if not self.enlarge:
+            return self.metric.distance(error), trellis
+        weight = self.weight.detach().float().cpu()
+        larger = trellis.enlarged_by(self.metric.kept(weight, weight - error).factor())
+        return self.metric.distance(error - (larger.factor - 1) * (weight - error)), larger
 
     def _quick(self, bits: float, damping: float) -> float:
         """The divergence of a quick walk; what it shows of targets is where the next one begins."""

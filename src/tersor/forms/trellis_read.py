@@ -77,7 +77,7 @@ class Reader:
     def __init__(self, trellis: Trellis, stream: Tensor) -> None:
         """`trellis` is what `stream` holds."""
         self.shape, self.free_rows, self.rotated = trellis.shape, trellis.free_rows, trellis.rotated
-        self.stream = stream
+        self.stream, self.factors = stream, shrink() * np.float32(trellis.factor)
         sides = (trellis.row_rates, trellis.column_rates, trellis.row_scales, trellis.column_scales)
         self.numbers = np.array([(side.base, side.step) for side in sides], np.int64)
         if trellis.free_rows:
@@ -94,7 +94,7 @@ class Reader:
 
         count = self.shape[0] if index is None else len(index)
         out = np.empty((count, self.shape[1]), np.float32)
-        fixed = (self.stream.numpy(), self.numbers, fractions(), shrink(), values(), out)
+        fixed = (self.stream.numpy(), self.numbers, fractions(), self.factors, values(), out)
         if self.free_rows:
             chosen = np.arange(count) if index is None else index.numpy()
             kernels.read_rows(chosen, self.rank.numpy(), self.begins.numpy(), *fixed)
@@ -104,7 +104,7 @@ class Reader:
 
     def _with_tensors(self, index: Tensor | None) -> Tensor:
         """The same by tensor operations, on any device."""
-        made = _Tensors.of(self.stream, self.shape, self.numbers)
+        made = _Tensors.of(self.stream, self.shape, self.numbers, self.factors)
         if not self.free_rows:
             return made.diagonals()
         rows, columns = self.shape
@@ -129,9 +129,10 @@ class _Tensors:
     fine_columns: Tensor
     row_scales: Tensor
     column_scales: Tensor
+    factors: Tensor  # of values at every rate
 
     @classmethod
-    def of(cls, stream: Tensor, shape: tuple[int, int], numbers: Array) -> _Tensors:
+    def of(cls, stream: Tensor, shape: tuple[int, int], numbers: Array, factors: Array) -> _Tensors:
         at, codes = HEADER.size, []
         for size in shape * 2:
             packed = stream[at : at + side_bytes(size)]
@@ -142,8 +143,8 @@ class _Tensors:
         logs = [base + step * side for (base, step), side in zip(numbers.tolist(), codes, strict=True)]
         fine = torch.from_numpy(spread(shape[1])).to(stream.device) + logs[1] * UNIT
         known = torch.from_numpy(fractions()).to(stream.device)
-        scales = [torch.ldexp(known[side % UNIT], side.div(UNIT, rounding_mode="floor")) for side in logs[2:]]
-        return cls(stream[at:], codes[0], logs[0], fine, *scales)
+        rows, columns = (torch.ldexp(known[side % UNIT], side.div(UNIT, rounding_mode="floor")) for side in logs[2:])
+        return cls(stream[at:], codes[0], logs[0], fine, rows, columns, torch.from_numpy(factors).to(stream.device))
 
     @property
     def every_column(self) -> Tensor:
@@ -182,8 +183,8 @@ class _Tensors:
         return (word >> (24 - WINDOW - (begin & 7))) & ((1 << WINDOW) - 1)
 
     def values(self, row: Tensor, column: Tensor, rates: Tensor, states: Tensor) -> Tensor:
-        table, factors = (torch.from_numpy(a).to(self.bits.device) for a in (values(), shrink()))
-        return table[states] * (self.row_scales[row] * self.column_scales[column] * factors[rates])
+        table = torch.from_numpy(values()).to(self.bits.device)
+        return table[states] * (self.row_scales[row] * self.column_scales[column] * self.factors[rates])
 
 
 def _bit_type(stored: int) -> np.dtype[Any]:

@@ -8,6 +8,7 @@ alone, `input-diagonal` keeps the diagonal of what `input` keeps, `fisher-input`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 
 STRIP = 1 << 24  # entries of an error that are weighed at a time
+MOST_ENLARGED = 1.25  # times, to undo that a fitted matrix is shrunk; of that, its rows by themselves at most the root
 SAMPLED_ROWS = 8192  # rows that stand for all of a table where curves are drawn
 EQUAL_ROWS = 2048  # and for all of a weight whose rows all matter as much, where a fit takes each by itself
 KINDS = ("identity", "diagonal", "input", "output", "kronecker", "input-diagonal", "fisher-input")
@@ -127,6 +129,33 @@ def jittered(moment: Tensor, amount: float | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How much of a weight `W` is left in a fitted matrix `F`: `<W, F> / <W, W>` in the inner product of a metric.
+
+    `of_rows` (rows,) says it of every row under the moment of the columns alone; `parts` (rows,) are what the rows
+    bring to that of the whole. Rounding shrinks: the nearest code leans towards zero. What all weights of a network
+    lose in their own direction adds up along it, faster than what they lose at random; so a fitted matrix is enlarged
+    until its error is orthogonal to the weight, though that error is no longer the least.
+    """
+
+    of_rows: Tensor
+    parts: Tensor
+
+    @property
+    def row_factors(self) -> Tensor:
+        """What every row should be multiplied by (rows,)."""
+        return _undone(self.of_rows, math.sqrt(MOST_ENLARGED))
+
+    def factor(self, rows: Tensor | float = 1.0) -> float:
+        """What the whole should be multiplied by, where rows have been multiplied by `rows`."""
+        return float(_undone((self.parts * rows).sum(), MOST_ENLARGED))
+
+
+def _undone(kept: Tensor, most: float) -> Tensor:
+    return (1 / kept.clamp_min(1e-300)).clamp(1 / most, most)
+
+
+@dataclass(frozen=True)
 class Metric:
     """`d(E) = scale * tr(R E C E^T)` for an error `E` (rows, columns), in nats where both moments were observed.
 
@@ -144,19 +173,37 @@ class Metric:
     def shape(self) -> tuple[int, int]:
         return self.rows.size, self.columns.size
 
+    @property
+    def _strip(self) -> int:
+        """Rows that are weighed at a time: all of them where they feel one another."""
+        return max(1, STRIP // max(1, self.columns.size)) if self.rows.is_diagonal else max(1, self.rows.size)
+
     def distance(self, error: Tensor) -> float:
         """The predicted divergence of a weight error (rows, columns), in nats."""
         if self.judged_by is not None:
             return self.judged_by.distance(error)
         error = error.float()
         if self.rows.is_diagonal:
-            parts = [
-                (self.columns.felt(e) * e).sum(1, dtype=torch.float64)
-                for e in error.split(max(1, STRIP // max(1, error.shape[1])))
-            ]
+            parts = [(self.columns.felt(e) * e).sum(1, dtype=torch.float64) for e in error.split(self._strip)]
             return self.scale * float(self.rows.moment.double() @ torch.cat(parts))
         felt = self.columns.felt(error)
         return self.scale * float((self.rows.apply(error) * felt).sum(dtype=torch.float64))
+
+    def kept(self, weight: Tensor, fitted: Tensor) -> Kept:
+        """How much of a weight (rows, columns) is left in a matrix that was fitted to it, both float32."""
+        judge = self.judged_by or self
+        of_rows, of_whole = [], []
+        for w, f in zip(*(m.split(self._strip) for m in (weight, fitted)), strict=True):
+            felt = judge.columns.felt(w)
+            both = felt if judge.rows.is_diagonal else judge.rows.apply(felt)
+            of_rows.append(torch.stack([(felt * m).sum(1, dtype=torch.float64) for m in (w, f)]))
+            of_whole.append(torch.stack([(both * m).sum(1, dtype=torch.float64) for m in (w, f)]))
+        rows, whole = (torch.cat(parts, 1).cpu() for parts in (of_rows, of_whole))
+        if judge.rows.is_diagonal:
+            whole *= judge.rows.moment.double().cpu()
+        if not whole[0].sum() > 0:
+            return Kept(torch.ones(len(weight)).double(), torch.full((len(weight),), 1 / len(weight)).double())
+        return Kept(torch.where(rows[0] > 0, rows[1] / rows[0], 1.0), whole[1] / whole[0].sum())
 
     def whiten(self, weight: Tensor) -> Tensor:
         """`L_r^T W L_c`, whose squared Frobenius norm times `scale` is `distance(W)`; float64."""
