@@ -147,13 +147,24 @@ def test_a_process_that_was_killed_goes_on_where_it_stopped(url: str, tmp_path: 
 
 def test_one_process_at_a_time(url: str, tmp_path: Path) -> None:
     store, root = fsspec.core.url_to_fs(url)
-    lease = {"who": "Process 7 on elsewhere", "until": time.time() + 60.0}
+    lease = {"pid": 7, "host": "elsewhere", "until": time.time() + 60.0}
     store.pipe_file(f"{root}/{LEASE}", json.dumps(lease).encode())
     with pytest.raises(TersorError, match=r"Process 7 on elsewhere works in memory://.*; wait for it, or [56]\d s"):
         mirrored(url, tmp_path).__enter__()
     store.pipe_file(f"{root}/{LEASE}", json.dumps({**lease, "until": time.time() - 1.0}).encode())
     with mirrored(url, tmp_path):
-        assert json.loads(store.cat_file(f"{root}/{LEASE}"))["who"].startswith(f"Process {os.getpid()} on ")
+        assert json.loads(store.cat_file(f"{root}/{LEASE}"))["pid"] == os.getpid()
+
+
+def test_one_that_was_killed_here_is_not_waited_for(url: str, tmp_path: Path) -> None:
+    store, root = fsspec.core.url_to_fs(url)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lease = {"pid": gone.pid, "host": socket.gethostname(), "until": time.time() + 60.0}
+    store.pipe_file(f"{root}/{LEASE}", json.dumps(lease).encode())
+    with mirrored(url, tmp_path):
+        pass
+    assert names_at(url) == set()
 
 
 def test_a_lease_that_was_lost_ends_the_sending(url: str, tmp_path: Path) -> None:
@@ -163,7 +174,7 @@ def test_a_lease_that_was_lost_ends_the_sending(url: str, tmp_path: Path) -> Non
         run = Run(folder, create=True)
         run.put("one", 1)
         run.close()
-        lease = {"who": "Process 7 on elsewhere", "until": time.time() + 60.0}
+        lease = {"pid": 7, "host": "elsewhere", "until": time.time() + 60.0}
         store.pipe_file(f"{root}/{LEASE}", json.dumps(lease).encode())
     assert names_at(url) == {LEASE}
 
@@ -202,7 +213,7 @@ def test_a_name_that_lies_outside_is_refused(name: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(type(store), "find", lambda *_, **__: found)
     with pytest.raises(TersorError, match="which lies outside of it"):
         mirrored("memory://bucket/run", tmp_path / "cache").__enter__()
-    assert not list(tmp_path.rglob("stray*"))
+    assert not list(tmp_path.rglob("stray*")) and not store.exists(f"/bucket/run/{LEASE}")
 
 
 @pytest.mark.parametrize("url", ["nowhere://bucket/run", "s3x://b"])

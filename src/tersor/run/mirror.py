@@ -1,13 +1,14 @@
 """A run folder in an object store, or wherever else fsspec reaches: a copy here, sent there while steps work in it.
 
 Files are sent before the database that speaks of them, so what lies there is a run of some seconds ago that any machine
-can go on from. One process at a time: a lease there names it, and runs out some time after that process has died.
+can go on from. One process at a time: a lease there names it, and runs out some time after its machine was lost.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 import sqlite3
@@ -20,12 +21,13 @@ from typing import Any
 
 from tersor.errors import TersorError
 from tersor.foreign import COUNT, Row, check, parse_json, read_json, reason_of
-from tersor.models.files import write_text
+from tersor.models.files import is_alive, write_text
 
 EVERY = 20.0  # seconds from one sending to the next
 LASTS = 6.0  # times as long a lease holds without being renewed
 DATABASE, LEASE = "run.db", "lease.json"
 HERE_ALONE = ("run.lock", "worker.json", LEASE)
+_HELD = {"pid": COUNT, "host": str, "until": float}
 _NOTE = Row((str, COUNT, COUNT))
 _MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -62,7 +64,7 @@ class Mirror:
         self.url, self.every = url, every
         self.folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
         self._notes = self.folder.with_suffix(".json")
-        self._name = f"Process {os.getpid()} on {socket.gethostname()}"
+        self._renewed = -math.inf
         try:
             import fsspec
 
@@ -77,13 +79,20 @@ class Mirror:
         """Take the lease, and bring the copy here to what lies there."""
         with self._reaching():
             self._renew()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self._notes.exists():
-                self._known = check(read_json(self._notes), {str: _NOTE}, self._notes)
-            there = self._listed()
-            left = self._known.get(DATABASE, [None])[0]
-            if there.get(DATABASE) != left or (left is not None and not self._at(DATABASE).exists()):
-                self._fetch(there)
+            try:
+                self._bring()
+            except BaseException:
+                self._files.rm_file(f"{self._root}/{LEASE}")
+                raise
+
+    def _bring(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._notes.exists():
+            self._known = check(read_json(self._notes), {str: _NOTE}, self._notes)
+        there = self._listed()
+        left = self._known.get(DATABASE, [None])[0]
+        if there.get(DATABASE) != left or (left is not None and not self._at(DATABASE).exists()):
+            self._fetch(there)
 
     def _fetch(self, there: dict[str, str]) -> None:
         """Another machine was the last to work there, or somebody removed it: what is there is what counts."""
@@ -142,6 +151,8 @@ class Mirror:
 
     def _sent(self, name: str, path: Path) -> list[int] | None:
         """Send a file that is not there as it is here; returns what it was by then, None where nothing was sent."""
+        if time.monotonic() > self._renewed + self.every:  # what came before took long
+            self._renew()
         try:
             state = _state_of(path)
             if self._known.get(name, [None])[1:] == state:
@@ -168,11 +179,14 @@ class Mirror:
         self._files.invalidate_cache()
         if self._files.exists(path):
             what = f"{self.url}/{LEASE}"
-            held = check(parse_json(self._files.cat_file(path), what), {"who": str, "until": float}, what)
-            if held["who"] != self._name and held["until"] > time.time():
-                wait = held["until"] - time.time()
-                raise TersorError(f"{held['who']} works in {self.url}; wait for it, or {wait:.0f} s if it has died.")
-        lease = {"who": self._name, "until": time.time() + LASTS * self.every}
+            held = check(parse_json(self._files.cat_file(path), what), _HELD, what)
+            wait, here = held["until"] - time.time(), held["host"] == socket.gethostname()
+            if wait > 0 and held["pid"] != os.getpid() and (not here or is_alive(held["pid"])):
+                who = f"Process {held['pid']} on {held['host']}"
+                raise TersorError(f"{who} works in {self.url}; wait for it, or {wait:.0f} s if its machine was lost.")
+        self._renewed = time.monotonic()
+        until = time.time() + LASTS * self.every
+        lease = {"pid": os.getpid(), "host": socket.gethostname(), "until": until}
         self._files.makedirs(self._root, exist_ok=True)
         self._files.pipe_file(path, json.dumps(lease).encode())
 
