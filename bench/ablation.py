@@ -40,7 +40,8 @@ RESIDENT = tuple(name for name in EVERY if name != "coded")
 
 @dataclass(frozen=True)
 class Variant:
-    """Forms of the study, or one `form` drawn anew under a metric, its settings changed; and how bits are spent."""
+    """Forms of the study, or one `form` drawn anew under a metric, its settings changed; how bits are spent; and
+    whether the plan is fitted without enlarging what rounding shrinks."""
 
     name: str
     forms: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class Variant:
     change: Callable[[Any], Any] | None = None
     gains: bool = True
     same_bits: bool = False
+    shrunk: bool = False
 
 
 AT_REST = (
@@ -70,11 +72,11 @@ IN_MEMORY = (
     Variant(
         "trellis, not rotated", form="trellis", change=lambda s: replace(s, rotate=False) if s.bits in FEW else None
     ),
-    Variant("trellis, shrunk", form="trellis", change=lambda s: replace(s, enlarged=False) if s.bits in FEW else None),
+    Variant("only trellis, shrunk", ("trellis",), shrunk=True),
     Variant("trellis, one-sided metric and feedback", form="trellis", metric="input"),
     Variant("no trellis", ("int", "lowrank", "int+lowrank")),
     Variant("only integers", ("int",)),
-    Variant("integers, shrunk", form="int", change=lambda s: replace(s, enlarged=False)),
+    Variant("only integers, shrunk", ("int",), shrunk=True),
     Variant("integers, one-sided feedback", form="int", change=lambda s: replace(s, rounding="feedback")),
     Variant("integers, no feedback", form="int", change=lambda s: replace(s, rounding="nearest")),
     Variant("integers, no search of scales", form="int", change=lambda s: replace(s, search=False)),
@@ -142,6 +144,8 @@ def measured(opened: Study, held: Outputs, variant: Variant, limits: Limits) -> 
             parameter = site.parameter(module)
             observed = opened.run.has_tensors(file_of(site, "fit"))
             metrics = metrics_for(opened, site, variant.metric if observed else "kronecker")
+            if variant.shrunk:
+                choice = replace(choice, setting={**choice.setting, "enlarged": False})
             fit = fit_choice(site.matrices(module), metrics, choice)
             kept.append((parameter, parameter.data))
             parameter.data = site.to_parameter(fit.matrices()).to(parameter.data).contiguous()

@@ -86,8 +86,8 @@ def rivals() -> dict[str, Any]:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
         from torchao.quantization.granularity import PerGroup
-    except ImportError:
-        print("torchao is not installed, so there are no rows for it.")
+    except ImportError as error:
+        print(f"torchao cannot be imported, so there are no rows for it: {error}")
         return {}
     four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
     return {"torchao int8": Int8WeightOnlyConfig(), "torchao int4": four}
