@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.curves import draw
-from tersor.curves.scouts import giants_of, scouts_of, worth_drawing
+from tersor.curves.scouts import FAR, giants_of, scouts_of, worth_drawing
 from tersor.errors import TersorError
 from tersor.forms import Candidate, Cost
 from tersor.steps import Study, study
@@ -134,3 +134,29 @@ def test_a_giant_draws_what_the_small_scouts_showed_and_forms_of_tables_are_draw
     for form in ("lowrank", "rows"):
         with pytest.raises(TersorError, match=f"{form}.*drawn in part only"):
             opened.plan("3bits", forms=[form])
+
+
+class Placed(nn.Module):
+    """The same with a small table of rank one beside the large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speaker, self.places = Speaker(), nn.Embedding(200, 96)
+        with torch.no_grad():
+            self.places.weight.copy_(torch.outer(torch.randn(200), torch.randn(96)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.speaker.net(self.speaker.table(x) + self.places(torch.arange(len(x))))
+        return found
+
+
+def test_a_giant_draws_too_what_came_near_at_small_scouts_of_another_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(3000, (200,), generator=generator) for _ in range(5)]
+    forms = ("coded", "lowrank", "int")
+    opened = study(Placed(), batches, tmp_path / "run", forms=forms, workers=1, resources=("stored",))
+    curves = [[c for c in opened.run.candidates("places") if c.form in forms]]
+    assert "coded" not in worth_drawing(curves, ["stored"], FAR)
+    assert opened.run.is_drawn("speaker.table", "coded") and opened.run.is_drawn("speaker.table", "lowrank")
+    assert not opened.run.is_drawn("speaker.table", "int")

@@ -96,7 +96,7 @@ def test_every_way_of_reading_gives_what_was_written(
     metric = make_metric(*shape)
     metric = free_rows_metric(shape[0], metric) if free else metric
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    frame = Frame.of(weight, metric, True)
+    frame = Frame.of(weight, metric, True, np.ones(shape[0]))
     coding = frame.walk(frame.weight, bits)
     operator = FORM.fit(weight, metric, TrellisSetting(bits))
     reader = operator.reader
@@ -115,7 +115,7 @@ def test_every_way_of_reading_gives_what_was_written(
 
 def test_entries_take_as_many_bits_as_are_there() -> None:
     weight, metric = torch.randn(96, 128), gentle(96, 128)
-    frame = Frame.of(weight, metric, True)
+    frame = Frame.of(weight, metric, True, np.ones(96))
     for bits in (0.5, 1.3, 2.0, 3.7):
         rates = np.concatenate(list(frame.walk(frame.weight, bits).trellis.rates()))
         assert bits - 0.05 < rates.mean() <= bits
@@ -179,6 +179,22 @@ def test_the_ladder_predicts_its_fits(free: bool, monkeypatch: pytest.MonkeyPatc
     for candidate in FORM.curve(weight, metric):
         fitted = metric.distance(weight - FORM.fit(weight, metric, candidate.setting).dense())  # type: ignore[arg-type]
         assert candidate.divergence == pytest.approx(fitted, rel=0.3)
+
+
+def test_a_tall_table_is_estimated_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trellis_fit, "FREE", 1)
+    rows, generator = 4096, torch.Generator().manual_seed(2)
+    shares = (1 / torch.arange(1, rows + 1)) ** 0.8
+    metric = Metric("kronecker", MetricSide(shares[torch.randperm(rows, generator=generator)]), gentle(8, 48).columns)
+    weight = torch.randn(rows, 48, generator=generator) * (1 + metric.rows.moment.sqrt())[:, None]
+    whole, searched = FORM.curve(weight, metric), list[int]()
+    walk = Frame.walk
+    monkeypatch.setattr(Frame, "walk", lambda self, *args: (searched.append(len(self.weight)), walk(self, *args))[1])
+    monkeypatch.setattr("tersor.metrics.metric.SAMPLED_ROWS", 1024)
+    for known, candidate in zip(whole, FORM.curve(weight, metric), strict=True):
+        assert (known.setting, known.cost) == (candidate.setting, candidate.cost)
+        assert candidate.divergence == pytest.approx(known.divergence, rel=0.1)
+    assert {*searched} == {1024}
 
 
 def test_moving_and_saving_keeps_the_stream(make_metric: Maker) -> None:

@@ -6,6 +6,7 @@ What is drawn is stored in the run at once, form by form, so an interrupted stud
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -164,10 +165,15 @@ def _draw_near_the_best(
 
 
 def _tried(run: Run, site: Site, small: Sequence[Site], forms: Sequence[str], resources: Sequence[str]) -> list[str]:
-    """The forms that are worth trying on a giant: those near to the best at small scouts, of its kind if there are."""
+    """The forms that are worth trying on a giant: those that came near to the best at small scouts of its kind if there
+    are such, and those that came near in most of their settings at some other."""
     alike = [other for other in small if other.kind == site.kind]
-    near = [*worth_drawing(_curves(run, alike or small, forms), resources, FAR)]
-    return near if alike else [*near, *OF_TABLES]
+    tried = {*worth_drawing(_curves(run, alike or small, forms), resources, FAR), *(() if alike else OF_TABLES)}
+    for curve in _curves(run, small, forms):
+        drawn = Counter(candidate.form for candidate in curve)
+        near = worth_drawing([curve], resources)
+        tried.update(name for name, settings in near.items() if 2 * len(settings) > drawn[name])
+    return [name for name in forms if name in tried]
 
 
 def _curves(run: Run, sites: Sequence[Site], forms: Sequence[str]) -> list[list[Candidate]]:

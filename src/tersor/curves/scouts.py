@@ -16,7 +16,7 @@ from tersor.models.sites import Site
 
 SHARE = 6  # sites of one kind and shape for which one stands
 NEAR = 1.1  # times the damage of the other forms, at most, for a setting to be worth drawing
-FAR = 2.0  # the same for a form to be tried on a giant
+FAR = 1.2  # the same for a form to be tried on a giant
 GIANT = 3  # times as large as the median scout
 RUIN = 0.25  # of the worst damage at a site: a candidate that does more is not worth having
 

@@ -150,13 +150,16 @@ class TrellisForm:
     def curve(
         self, weight: Tensor, metric: Metric, settings: Iterable[TrellisSetting] | None = None
     ) -> list[Candidate]:
-        """Settings that are given are fitted. The ladder is estimated by a quicker search, some of it interpolated."""
+        """Settings that are given are fitted. The ladder is estimated by a quicker search, some of it interpolated, and
+        where rows are many and do not feel one another from some of them."""
         shape = (weight.shape[0], weight.shape[1])
         if settings is not None:
             operators = [(s, self.fit(weight, metric, s)) for s in settings]
             found = {s: metric.distance(weight.detach().float() - op.dense()) for s, op in operators}
         else:
-            found = _estimated(weight, metric, list(self.settings(shape)))
+            rows, counts = metric.sampled_rows() or (None, None)
+            some = (weight, metric) if rows is None else (weight[rows], metric.of_rows(rows, counts))
+            found = _estimated(Coder(*some, True, counts=counts), list(self.settings(shape)))
         free = frees_rows(metric)
         complete = {s: replace(s, free_rows=free) for s in found}
         return [Candidate(self.name, complete[s], cost_of(self, shape, complete[s]), d) for s, d in found.items()]
@@ -168,15 +171,14 @@ class TrellisForm:
         return operator
 
 
-def _estimated(weight: Tensor, metric: Metric, ladder: list[TrellisSetting]) -> dict[TrellisSetting, float]:
+def _estimated(coder: Coder, ladder: list[TrellisSetting]) -> dict[TrellisSetting, float]:
     """The divergences of a ladder by quick walks, from the most bits to the fewest.
 
     Of a large weight some rungs are interpolated, by a spline through logarithms. `TRUE` rungs are fitted, and what
     they are worse than their quick walks the others are taken to be.
     """
-    coder = Coder(weight, metric, True)
     known, worse = dict[float, float](), dict[float, float]()
-    for bits in sorted({s.bits for s in ladder if weight.numel() < LARGE or s.bits in DRAWN}, reverse=True):
+    for bits in sorted({s.bits for s in ladder if coder.weight.numel() < LARGE or s.bits in DRAWN}, reverse=True):
         known[bits] = math.log(max(coder.expected(bits)[0], 1e-300))
         if bits in TRUE:
             worse[bits] = math.log(max(coder.coded(bits)[0], 1e-300)) - known[bits]

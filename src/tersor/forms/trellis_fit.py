@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.coding.trellis import REMAINS, WINDOW, Side, Trellis, fine_rates, rates_of, values
+from tersor.coding.trellis import MOST_BITS, REMAINS, WINDOW, Side, Trellis, fine_rates, rates_of, values
 from tersor.forms.rotation import rotatable, rotate, turned_back
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.forms.trellis_read import LEVELS, shrink, sides_of
@@ -38,6 +38,7 @@ class Frame:
 
     weight: Array
     metric: Metric
+    counts: Array  # for how many rows each stands
     rotated: tuple[bool, bool]
     turned: tuple[Array, Array]  # the transposed unit lower factors, empty where they are the identity
     pivots: tuple[Array, Array]
@@ -47,7 +48,7 @@ class Frame:
         return frees_rows(self.metric)
 
     @classmethod
-    def of(cls, weight: Tensor, metric: Metric, turn: bool) -> Frame:
+    def of(cls, weight: Tensor, metric: Metric, turn: bool, counts: Array) -> Frame:
         matrix = weight.detach().float().cpu()
         sides, rotated = [metric.rows, metric.columns], [False, False]
         for k in range(2):
@@ -62,13 +63,14 @@ class Frame:
             pivots.append(pivot.cpu().numpy())
         judged = Metric(metric.kind, sides[0], sides[1], metric.scale)
         matrix = matrix.contiguous()
-        return cls(matrix.numpy(), judged, tuple(rotated), tuple(turned), tuple(pivots))  # type: ignore[arg-type]
+        return cls(matrix.numpy(), judged, counts, tuple(rotated), tuple(turned), tuple(pivots))  # type: ignore[arg-type]
 
     def walk(self, targets: Array, bits: float) -> _Coding:
         """The search itself; `targets` say how large what is rounded will be."""
         from tersor.forms import trellis_kernels as kernels
 
-        code = np.zeros(code_bytes(self.weight.shape, bits) + SPARE, np.uint8)
+        room = bits if (self.counts == 1).all() else MOST_BITS  # rows that stand for themselves may take more than most
+        code = np.zeros(code_bytes(self.weight.shape, room) + SPARE, np.uint8)
         trellis = self._sized(targets, bits, code[:-SPARE])
         error = np.zeros_like(self.weight)
         made = (sides_of(trellis), shrink(), values(), error, code)
@@ -106,12 +108,12 @@ class Frame:
     def _sized(self, targets: Array, bits: float, code: Array) -> Trellis:
         """The rates and scales of rows and columns for targets of this size, with a code that may be written yet."""
         shape = (self.weight.shape[0], self.weight.shape[1])
-        scales = _scales(targets)
+        scales = _scales(targets, self.counts)
         rates = [0.5 * np.log2(np.maximum(p * s * s, 1e-300)) for p, s in zip(self.pivots, scales, strict=True)]
         row_scales, column_scales = (Side.of(np.log2(s), SCALES_DEEP) for s in scales)
         row_rates, column_rates = (Side.of(r, RATES_DEEP) for r in rates)
-        total = int(bits * shape[0] * shape[1]) if self.weight.any() else 0
-        column_rates = _levelled(row_rates, column_rates, total)
+        total = int(bits * self.counts.sum() * shape[1]) if self.weight.any() else 0
+        column_rates = _levelled(row_rates, column_rates, self.counts, total)
         return Trellis(shape, self.free_rows, self.rotated, row_rates, column_rates, row_scales, column_scales, code)
 
     def turned_back(self, matrix: Array) -> Tensor:
@@ -132,11 +134,14 @@ class Coder:
 
     Feedback moves the error to where the metric is small; with few bits it pays to do less of that. Also states have a
     largest value, and a target beyond it may set off others: where a search leaves much more than a quick walk says,
-    more damping is tried.
+    more damping is tried. Where a weight is a sample of rows, `counts` (rows,) says for how many each stands.
     """
 
-    def __init__(self, weight: Tensor, metric: Metric, turn: bool, enlarge: bool = True) -> None:
+    def __init__(
+        self, weight: Tensor, metric: Metric, turn: bool, enlarge: bool = True, counts: Tensor | None = None
+    ) -> None:
         self.weight, self.metric, self.turn, self.enlarge = weight, metric, turn, enlarge
+        self.counts = np.ones(len(weight)) if counts is None else counts.double().numpy()
         self._frames: dict[float, Frame] = {}
         self._targets: dict[float, Array] = {}
         self._expected: dict[float, tuple[float, float]] = {}  # by bits
@@ -188,7 +193,7 @@ class Coder:
         if damping not in self._frames:
             walks = WALKS
             amounts = (0.0 if side.is_diagonal else damping for side in (self.metric.rows, self.metric.columns))
-            frame = self._frames[damping] = Frame.of(self.weight, self.metric.damped(*amounts), self.turn)
+            frame = self._frames[damping] = Frame.of(self.weight, self.metric.damped(*amounts), self.turn, self.counts)
             self._targets[damping] = frame.weight
         frame = self._frames[damping]
         for _ in range(walks):
@@ -210,25 +215,25 @@ def _transposed(lower: Tensor) -> Array:
     return np.ascontiguousarray(lower.cpu().numpy().T, dtype=np.float32)
 
 
-def _scales(targets: Array) -> tuple[Array, Array]:
+def _scales(targets: Array, counts: Array) -> tuple[Array, Array]:
     """Factors of rows and columns whose product is the size of the targets, in the mean of squares."""
     squares = targets.astype(np.float64) ** 2 + 1e-60
     rows, columns = np.ones(len(squares)), np.ones(squares.shape[1])
     for _ in range(ROUNDS):
         rows = squares @ (1 / columns) / len(columns)
-        columns = (1 / rows) @ squares / len(rows)
+        columns = (counts / rows) @ squares / counts.sum()
     return np.sqrt(rows), np.sqrt(columns)
 
 
-def _levelled(rows: Side, columns: Side, total: int) -> Side:
+def _levelled(rows: Side, columns: Side, counts: Array, total: int) -> Side:
     """The rates of the columns, all moved alike so that the entries take as many bits as `total` allows."""
-    counts = np.bincount(rows.codes, minlength=LEVELS)
-    known = counts.nonzero()[0]
+    alike = np.bincount(rows.codes, counts, minlength=LEVELS)
+    known = alike.nonzero()[0]
     of_rows = rows.base + rows.step * known
 
-    def taken(base: int) -> int:
+    def taken(base: int) -> float:
         fine = fine_rates(base + columns.step * columns.codes.astype(np.int32))
-        return int(counts[known] @ rates_of(of_rows, fine).sum(1, dtype=np.int64))
+        return float(alike[known] @ rates_of(of_rows, fine).sum(1, dtype=np.int64))
 
     low, high = -(1 << 15), (1 << 15) - 1
     while low < high:

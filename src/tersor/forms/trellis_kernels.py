@@ -31,18 +31,15 @@ def _stepper(bits: int) -> Callable[..., Any]:
     @numba.njit(cache=True, nogil=True, fastmath=quick, inline="never")
     def step(cost: Array, best: Array, back: Array, table: Array, target: Any, states: int) -> None:
         """One entry of `bits` bits: from the costs of all states before it to those after, and where they come from."""
-        groups = states >> bits
+        groups, least = states >> bits, np.int32(0x7FFFFFFF)
         for u in range(groups):
-            best[u] = cost[u]
-        for a in range(1, branches):
-            for u in range(groups):
-                best[u] = min(best[u], np.int32(cost[a * groups + u] + np.int32(a)))
-        least = best[0]
-        for u in range(groups):
-            least = min(least, best[u])
+            cheapest = cost[u]
+            for a in range(1, branches):
+                cheapest = min(cheapest, np.int32(cost[a * groups + u] + np.int32(a)))
+            best[u] = cheapest
+            back[u] = np.uint8(cheapest & LOW)
+            least = min(least, cheapest)
         least = least & ~LOW
-        for u in range(groups):
-            back[u] = np.uint8(best[u] & LOW)
         for u in range(groups):
             so_far = (best[u] & ~LOW) - least
             for b in range(branches):
