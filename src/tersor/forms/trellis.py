@@ -157,9 +157,12 @@ class TrellisForm:
             operators = [(s, self.fit(weight, metric, s)) for s in settings]
             found = {s: metric.distance(weight.detach().float() - op.dense()) for s, op in operators}
         else:
-            rows, counts = metric.sampled_rows() or (None, None)
-            some = (weight, metric) if rows is None else (weight[rows], metric.of_rows(rows, counts))
-            found = _estimated(Coder(*some, True, counts=counts), list(self.settings(shape)))
+            some = metric.sampled_rows()
+            if some is None:
+                coder = Coder(weight, metric, True)
+            else:
+                coder = Coder(weight[some[0]], metric.of_rows(*some), True, counts=some[1])
+            found = _estimated(coder, list(self.settings(shape)))
         free = frees_rows(metric)
         complete = {s: replace(s, free_rows=free) for s in found}
         return [Candidate(self.name, complete[s], cost_of(self, shape, complete[s]), d) for s, d in found.items()]
