@@ -22,7 +22,7 @@ from torch import Tensor
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, RowOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
 from tersor.forms.packing import PLANES, in_reach, pack, packed_width, unpack
-from tersor.forms.rounding import Levels, round_with_feedback
+from tersor.forms.rounding import Levels, relative, round_with_feedback
 from tersor.metrics import Metric
 
 ROUNDINGS = ("nearest", "feedback", "two-sided")
@@ -312,7 +312,7 @@ def _fitted(weight: Tensor, metric: Metric, setting: FloatSetting) -> FloatOpera
         pivot_rows, pivot_columns = metric.rows.diagonal, metric.columns.diagonal
     elif setting.rounding == "feedback":
         lower_rows, pivot_rows = None, metric.rows.diagonal
-    importance = torch.outer(_relative(pivot_rows), _relative(pivot_columns)).to(weight.device)
+    importance = torch.outer(relative(pivot_rows), relative(pivot_columns)).to(weight.device)
     operator = FloatOperator(shape, setting)
     operator.set_scales(*search_scales(weight, importance, setting))
     operator.to(weight.device)
@@ -376,10 +376,6 @@ def _shares(levels: int) -> list[float]:
     """
     steps, low, high = (14, -1.4, 0.5) if levels <= 16 else (10, -0.35, 0.55)
     return [2.0**octaves for octaves in sorted((high + (low - high) * k / (steps - 1) for k in range(steps)), key=abs)]
-
-
-def _relative(values: Tensor) -> Tensor:
-    return (values / values.mean().clamp_min(1e-300)).float()
 
 
 def _grouped(matrix: Tensor, size: int) -> Tensor:

@@ -168,6 +168,11 @@ def _by_tiles(weight: Tensor, grid: Grid | Levels, lower_o: Tensor | None, lower
     return rounded
 
 
+def relative(values: Tensor) -> Tensor:
+    """Importances over their mean."""
+    return (values / values.mean().clamp_min(1e-300)).float()
+
+
 def spans(length: int, tile: int) -> list[slice]:
     """Spans of at most `tile`, from the last to the first."""
     return [slice(max(0, stop - tile), stop) for stop in range(length, 0, -tile)]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms.base import Candidate, Operator, Shape, bits_of, cost_of, from_bits
-from tersor.forms.integers import IntSetting, search_grid
+from tersor.forms.int_scales import search_grid
+from tersor.forms.integers import IntSetting
 from tersor.forms.packing import PLANES, pack, packed_width, unpack
 from tersor.forms.recoding import recoded
 from tersor.forms.rounding import Grid, round_with_feedback
