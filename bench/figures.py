@@ -1,6 +1,6 @@
-"""Write docs/figures.md, and parts of docs/forms.md, from bench/results: what was measured, and the commands for it.
+"""Write docs/figures.md, and parts of docs/forms.md and docs/memory.md: what was measured, and the commands for it.
 
-python bench/figures.py
+From bench/results: python bench/figures.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models import NAMES
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[1] / "docs" / "figures.md"
-FORMS_PAGE = TARGET.with_name("forms.md")
+FORMS_PAGE, MEMORY_PAGE = TARGET.with_name("forms.md"), TARGET.with_name("memory.md")
 END = "<!-- end -->"
 SCORES = {"minilm": "STS-B Spearman x 100", "babyllama": "perplexity", "pylm": "perplexity", "resnet56": "top-1 %"}
 FORMS = ("int", "coded", "lowrank", "int+lowrank")
@@ -258,6 +258,20 @@ def _damage(row: dict[str, Any] | None) -> str:
     return "{value:.4f} [{low:.4f}, {high:.4f}]".format(**row["divergence"])
 
 
+def large_table(found: dict[str, Any]) -> Iterator[str]:
+    """The steps of a model that does not fit, of one result."""
+    blocks, size, metric = found["blocks"], found["bytes"] / 1e9, found["metric"]
+    yield f"\n{blocks} blocks, {size:.2f} GB, `--memory {found['memory']}`, metric `{metric}` "
+    yield f"(`script/bench large --blocks {blocks} --metric {metric}`):\n"
+    yield "| step | peak | time | a block | of which |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in found["rows"]:
+        parts = ", ".join(f"{part} {row[part]:.0f} s" for part in ("observe", "limit", "draw") if part in row)
+        parts += f"{row['original'] / 1e9:.2f} -> {row['bytes'] / 1e9:.2f} GB" if "bytes" in row else ""
+        each = row["seconds"] / blocks
+        yield f"| {row['step']} | {row['peak'] / 1e9:.2f} GB | {row['seconds'] / 60:.1f} min | {each:.0f} s | {parts} |"
+
+
 def write_parts(page: Path, parts: dict[str, list[str]]) -> None:
     """Put lines between the marks that name them on a page, in place of those that were there."""
     text = page.read_text(encoding="utf8")
@@ -322,7 +336,9 @@ def main() -> None:
         "in one plan": [line for found in families for line in families_table(found)],
         "under both metrics": [line for found in _known("metrics") for line in metrics_table(found)],
     })  # fmt: skip
-    print(f"written to {TARGET.name} and {FORMS_PAGE.name}")
+    large = [json.loads(path.read_text(encoding="utf8")) for path in sorted(RESULTS.glob("large-*.json"))]
+    write_parts(MEMORY_PAGE, {"measured": [line for found in large for line in large_table(found)]})
+    print(f"written to {TARGET.name}, {FORMS_PAGE.name} and {MEMORY_PAGE.name}")
 
 
 if __name__ == "__main__":
