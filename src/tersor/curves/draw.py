@@ -158,7 +158,7 @@ def _draw_near_the_best(
         whole[site.name] = at(site, [name for name, ladder in near.get(site.kind, {}).items() if ladder is None])
     left_out = sorted({name for found in whole.values() for name in set(forms).difference(found)})
     run.put("drawn_for", {"resources": list(resources), "left_out": left_out} if left_out else None)
-    run.put("worth_probing", {kind: _worth_probing(ladders, kind, others) for kind, ladders in near.items()})
+    run.put("worth_probing", _worth_probing(run, near, scouts, others, forms, resources))
     yield from draw(
         others, lambda site: at(site, near.get(site.kind, forms)), lambda site: _ladders_at(site, near.get(site.kind))
     )
@@ -192,10 +192,27 @@ def _ladders(worth: Mapping[str, set[Setting]], scouts: Sequence[Site]) -> dict[
     }
 
 
-def _worth_probing(ladders: Mapping[str, set[Setting] | None], kind: str, others: Sequence[Site]) -> list[str]:
-    """The forms most of whose settings are near to the best; all that have one where scouts stand for no other site."""
-    whole = [name for name, ladder in ladders.items() if ladder is None]
-    return sorted(whole if whole and any(site.kind == kind for site in others) else ladders)
+def _worth_probing(
+    run: Run,
+    near: Mapping[str, Mapping[str, set[Setting] | None]],
+    scouts: Sequence[Site],
+    others: Sequence[Site],
+    forms: Sequence[str],
+    resources: Sequence[str],
+) -> dict[str, list[str]]:
+    """The forms to probe at sites of a kind: those most of whose settings are near to the best.
+
+    Scouts that stand for no other site probe, each by its name, all forms that have such a setting there.
+    """
+    found: dict[str, list[str]] = {}
+    for kind, ladders in near.items():
+        whole = [name for name, ladder in ladders.items() if ladder is None]
+        if any(site.kind == kind for site in others):
+            found[kind] = sorted(whole or ladders)
+        else:
+            for site in (site for site in scouts if site.kind == kind):
+                found[site.name] = sorted(worth_drawing(_curves(run, [site], forms), resources))
+    return found
 
 
 def _ladders_at(site: Site, ladders: Mapping[str, set[Setting] | None] | None) -> Ladders | None:

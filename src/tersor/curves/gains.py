@@ -49,7 +49,7 @@ def probe_gains(
 
     def units() -> Iterator[tuple[Site, Callable[[], tuple[Any, ...]]]]:
         for site in sites:
-            wanted = [name for name in forms if name in worth.get(site.kind, forms)]
+            wanted = [name for name in forms if name in worth.get(site.name, worth.get(site.kind, forms))]
             probes = _missing_probes(run, site, wanted, is_scout=site.name in scouts)
             if probes:
                 yield site, partial(_probe_arguments, run, model, site, probes)
