@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tersor.curves.damping import Damping, Sample, choose_damping
-from tersor.curves.scouts import FAR, giants_of, scouts_of, worth_drawing
+from tersor.curves.scouts import FAR, MOST, SOME, giants_of, scouts_of, worth_drawing
 from tersor.engine import map_units
 from tersor.forms import (
     FORMS,
@@ -111,8 +111,7 @@ def draw_all(
 
     `settings` replaces the ladder of a form, by its name, with settings given as plain values. With `resources`, the
     costs that will be limited, a few scouts draw all forms and the other sites what came near to the best at those of
-    their kind. A giant among the scouts draws what came within `FAR` of it at the small ones; forms made for tables are
-    for these.
+    their kind. Giants among the scouts draw what the small ones speak for; forms made for tables are for these.
     """
     unseen = run.get("unseen_sites", ())  # used, but not as could be watched: they stay as they are
     sites = [site for site in sites if site.name not in unseen]
@@ -165,14 +164,18 @@ def _draw_near_the_best(
 
 
 def _tried(run: Run, site: Site, small: Sequence[Site], forms: Sequence[str], resources: Sequence[str]) -> list[str]:
-    """The forms that are worth trying on a giant: those that came near to the best at small scouts of its kind if there
-    are such, and those that came near in most of their settings at some other."""
+    """The forms that are worth trying on a giant: those of which many settings came near to the best at a small scout.
+
+    Not so many need do so at those of its kind; where there are none of its kind all count as such.
+    """
     alike = [other for other in small if other.kind == site.kind]
-    tried = {*worth_drawing(_curves(run, alike or small, forms), resources, FAR), *(() if alike else OF_TABLES)}
-    for curve in _curves(run, small, forms):
+    tried = set() if alike else {*OF_TABLES}
+    for other in small:
+        (curve,) = _curves(run, [other], forms)
         drawn = Counter(candidate.form for candidate in curve)
-        near = worth_drawing([curve], resources)
-        tried.update(name for name, settings in near.items() if 2 * len(settings) > drawn[name])
+        many = SOME if other in (alike or small) else MOST
+        near = worth_drawing([curve], resources, FAR)
+        tried.update(name for name, settings in near.items() if len(settings) >= many * drawn[name])
     return [name for name in forms if name in tried]
 
 

@@ -16,7 +16,8 @@ from tersor.models.sites import Site
 
 SHARE = 6  # sites of one kind and shape for which one stands
 NEAR = 1.1  # times the damage of the other forms, at most, for a setting to be worth drawing
-FAR = 1.2  # the same for a form to be tried on a giant
+FAR = 1.2  # the same where it speaks for trying the form on a giant
+SOME, MOST = 1 / 6, 1 / 2  # of the settings of a form, that must: at scouts of the giant's kind, and at others
 GIANT = 3  # times as large as the median scout
 RUIN = 0.25  # of the worst damage at a site: a candidate that does more is not worth having
 
