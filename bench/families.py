@@ -4,8 +4,8 @@
 
 The mixed plans are of a study as `compress` makes it under limits on bytes: every form at a few sites, elsewhere what
 came near to the best there. For the others the rest is drawn, every form everywhere, in the settings that such budgets
-could want. All plans are predicted; measured are the mixed ones, those of a form alone at the middle budget, and
-those predicted within `CLOSE` of the mixed one. Everything is fitted and measured in this one run.
+could want. All plans are predicted; measured are the mixed ones, and those of a form alone that are predicted within
+`CLOSE` of the mixed one. Everything is fitted and measured in this one run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tersor.steps import Study, open_study
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = tuple(name for name in FORMS if name != "portable")  # which is `int` as exports can hold it
 WANTED = (1.0, 4.2)  # bits a weight of the settings that are drawn everywhere
-CLOSE = 2.0  # times the mixed plan's prediction up to which a plan is measured at every budget
+CLOSE = 2.0  # times the mixed plan's prediction up to which a plan of one form is measured
 STEPS = ("observe", "damping", "limit", "draw", "probe")
 
 
@@ -156,11 +156,9 @@ def main() -> None:
         cell["whole_predicted"] = whole.plan(cell["budget"]).divergence
         ratio = cell["mixed"]["predicted"] / cell["whole_predicted"]
         print(f"{cell['budget']}: predicted {ratio:.4f} times what it is with everything drawn", flush=True)
-    middle = known.budgets[len(known.budgets) // 2]
-    for cell in sorted(found["cells"], key=lambda cell: cell["budget"] != middle):
-        most = float("inf") if cell["budget"] == middle else CLOSE * cell["mixed"]["predicted"]
+    for cell in found["cells"]:
         print(cell["budget"], flush=True)
-        for name, row in alone(whole, judge, names, cell["budget"], most):
+        for name, row in alone(whole, judge, names, cell["budget"], CLOSE * cell["mixed"]["predicted"]):
             print(shown(name, row), flush=True)
             cell["alone"][name] = row
             target.write_text(json.dumps(found, indent=1), encoding="utf8")

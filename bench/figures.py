@@ -232,8 +232,8 @@ def families_table(found: dict[str, Any]) -> Iterator[str]:
     yield f"| **all forms** | {' | '.join(_damage(cell['mixed']) for cell in cells)} |"
 
     def middle(form: str) -> float:
-        row = cells[len(cells) // 2]["alone"].get(form) or {}
-        return float(row.get("divergence", {}).get("value", "inf"))
+        row = cells[len(cells) // 2]["alone"].get(form) or {"predicted": "inf"}
+        return float(row["divergence"]["value"] if "divergence" in row else row["predicted"])
 
     for form in sorted({form for cell in cells for form in cell["alone"]}, key=middle):
         yield f"| {form} | {' | '.join(_damage(cell['alone'][form]) for cell in cells)} |"
