@@ -98,6 +98,26 @@ def hulls(opened: Study) -> dict[str, Any]:
     return {"site": site.name, "shape": site.shape, "forms": found}
 
 
+def beside_the_best(opened: Study, sizes: Sequence[int]) -> dict[str, list[float | None]]:
+    """What a form does at least, over the best at equal bits a weight, at the scouts that are no tables.
+
+    A size of a whole plan says the bits; None where the form has nothing so small at any of these.
+    """
+    scouts = [s for s in scouts_of(opened.sites) if s.kind != "table" and not is_unused(opened.run, s)]
+    shares = [size / sum(site.parameters for site in opened.sites) for size in sizes]
+    least: dict[str, list[float | None]] = {}
+    for site in scouts:
+        candidates = list(opened.run.candidates(site.name))
+        for k, most in enumerate(share * site.parameters for share in shares):
+            fit = [(c.form, c.divergence) for c in candidates if c.cost.stored <= most]
+            best = min(d for _, d in fit)
+            for form in {c.form for c in candidates}:
+                known = least.setdefault(form, [None] * len(sizes))
+                ratio = min((d / best for name, d in fit if name == form), default=None)
+                known[k] = min((r for r in (known[k], ratio) if r is not None), default=None)
+    return least
+
+
 def alone(
     opened: Study, judge: Judge, names: Sequence[str], budget: str, most: float
 ) -> Iterator[tuple[str, dict[str, Any] | None]]:
@@ -144,6 +164,7 @@ def main() -> None:
         cell = {"budget": budget, "mixed": measured(opened, judge, opened.plan(budget)), "alone": {}}
         print(f"{budget}\n{shown('all forms', cell['mixed'])}", flush=True)
         found["cells"].append(cell)
+    found["beside_the_best"] = beside_the_best(opened, [cell["mixed"]["bytes"] for cell in found["cells"]])
     target.write_text(json.dumps(found, indent=1), encoding="utf8")
     if given.mixed_only:
         return

@@ -240,6 +240,7 @@ def families_table(found: dict[str, Any]) -> Iterator[str]:
     if all("whole_predicted" in cell for cell in cells):
         whole = ", ".join(f"{c['mixed']['predicted'] / c['whole_predicted']:.3f}" for c in cells)
         yield f"\nPredicted for the mixed plans over what it is with these forms drawn everywhere: {whole}."
+    yield from _beside_the_best(found)
     if "seconds" not in found:
         return
     yield f"\nThe study took:\n\n| {' | '.join(found['seconds'])} | all |\n|{' --- |' * (len(found['seconds']) + 1)}"
@@ -247,6 +248,20 @@ def families_table(found: dict[str, Any]) -> Iterator[str]:
     yield f"| {' | '.join(f'{v:.0f} s' for v in values)} | {sum(values) / 60:.1f} min |"
     most = sorted(found["drawn"].items(), key=lambda item: -item[1])
     yield "\nSeconds of the curves of each form, of all processes: " + ", ".join(f"{n} {s}" for n, s in most) + "."
+
+
+def _beside_the_best(found: dict[str, Any]) -> Iterator[str]:
+    """How far forms that were not run alone are behind the best at the scouts of a study."""
+    budgets = [cell["budget"] for cell in found["cells"]]
+    run = {form for cell in found["cells"] for form in cell["alone"]}
+    others = {form: row for form, row in found.get("beside_the_best", {}).items() if form not in run}
+    if not others:
+        return
+    yield "\nAt the scouts that are no tables the other forms do, over the best at as many bits a weight, at least:\n"
+    yield f"| | {' | '.join(budgets)} |"
+    yield f"| --- |{' --- |' * len(budgets)}"
+    for form, row in sorted(others.items(), key=lambda item: item[1][len(budgets) // 2] or float("inf")):
+        yield f"| {form} | {' | '.join('cannot' if ratio is None else f'{ratio:.2f}' for ratio in row)} |"
 
 
 def _damage(row: dict[str, Any] | None) -> str:

@@ -166,6 +166,15 @@ def test_a_promised_size_is_kept_under_another_metric(kind: str) -> None:
     assert 0.9 * promised.stored < FORM.fit(weight, loud, promised).nbytes <= promised.stored
 
 
+@pytest.mark.parametrize("missed", [0.999, 0.99])
+def test_a_size_nearly_met_is_not_fallen_far_below_where_rows_are_alike(missed: float) -> None:
+    metric = Metric("kronecker", Side(torch.ones(3000)), moments(8, 48).columns)
+    weight = gaussian(3000, 48)
+    size = FORM.fit(weight, metric, CodedSetting(0.5)).nbytes
+    promised = CodedSetting(0.5, stored=int(missed * size))
+    assert 0.985 * missed * size < FORM.fit(weight, metric, promised).nbytes <= missed * size
+
+
 def test_interpolated_candidates_are_what_fits_come_to() -> None:
     """Half of a ladder is not fitted: its sizes hold within a hundredth, its divergences within a few."""
     weight, metric = gaussian(160, 200), moments(160, 200)

@@ -32,6 +32,8 @@ FINE, COARSE = 4.5, 6.5  # bits an entry above which every other step will do, a
 SMOOTH = 1.0  # bits an entry above which a curve may be interpolated
 LARGE = 1 << 14  # entries of a weight whose curve may be interpolated
 SPARE = 1.002  # of an interpolated size, so that few fits come out larger
+CLOSE = 0.02  # of a promised size: one that is missed by less is met by pricing bits higher
+DEAREST = 0.5  # price up to which that is tried
 COARSENINGS = 32  # steps tried before a promised size is given up
 PROBED = 2.5  # bits an entry of the probe: plans lie about there, and damage grows faster than its prediction
 BLOCK = 1 << 22  # entries that are decoded at a time where a product allows it
@@ -210,7 +212,11 @@ class CodedForm:
 
 
 def _fit(lattice: Lattice, setting: CodedSetting) -> CodedOperator:
-    """Fit a step; a setting that promises a stored size is kept to it, under whatever metric, by a larger step."""
+    """Fit a step; a setting that promises a stored size is kept to it, under whatever metric.
+
+    A size that is nearly met is met by pricing bits higher, as steps of rows are quarters of an octave: where rows are
+    alike, a larger step changes all of them at once. A size far off takes a larger step.
+    """
     for _ in range(COARSENINGS):
         coded = lattice.round(setting.step, setting.trade)
         stream = encode(coded)
@@ -222,7 +228,11 @@ def _fit(lattice: Lattice, setting: CodedSetting) -> CodedOperator:
             operator.stream = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
             operator.adopt(packed)
             return operator
-        setting = replace(setting, step=setting.step * 2 ** max(8 * over / coded.codes.size, 1 / 16))
+        dearer = setting.trade * (1 + max(30 * over / len(stream), 1 / 32))
+        if over < CLOSE * len(stream) and 0 < dearer <= DEAREST:
+            setting = replace(setting, trade=dearer)
+        else:
+            setting = replace(setting, step=setting.step * 2 ** max(8 * over / coded.codes.size, 1 / 16))
     raise TersorError(f"coded: {setting.stored} bytes are too few for a matrix of this shape.")
 
 
