@@ -276,8 +276,8 @@ def _damage(row: dict[str, Any] | None) -> str:
 def large_table(found: dict[str, Any]) -> Iterator[str]:
     """The steps of a model that does not fit, of one result."""
     blocks, size, metric = found["blocks"], found["bytes"] / 1e9, found["metric"]
-    yield f"\n{blocks} blocks, {size:.2f} GB, `--memory {found['memory']}`, metric `{metric}` "
-    yield f"(`script/bench large --blocks {blocks} --metric {metric}`):\n"
+    given = f"--blocks {blocks} --metric {metric} --memory {found['memory']}"
+    yield f"\n{blocks} block{'s' * (blocks > 1)}, {size:.2f} GB (`script/bench large {given}`):\n"
     yield "| step | peak | time | a block | of which |"
     yield "| --- | --- | --- | --- | --- |"
     for row in found["rows"]:
