@@ -212,8 +212,9 @@ def _worth_probing(
         whole = [name for name, ladder in ladders.items() if ladder is None]
         if any(site.kind == kind for site in others):
             found[kind] = sorted(whole or ladders)
-        else:
-            for site in (site for site in scouts if site.kind == kind):
+            continue
+        for site in scouts:
+            if site.kind == kind:
                 found[site.name] = sorted(worth_drawing(_curves(run, [site], forms), resources))
     return found
 

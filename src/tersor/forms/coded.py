@@ -33,6 +33,7 @@ SMOOTH = 1.0  # bits an entry above which a curve may be interpolated
 LARGE = 1 << 14  # entries of a weight whose curve may be interpolated
 SPARE = 1.002  # of an interpolated size, so that few fits come out larger
 CLOSE = 0.02  # of a promised size: one that is missed by less is met by pricing bits higher
+DEARER = 30  # times the share of the bytes that are too many, by which the price is raised for that
 DEAREST = 0.5  # price up to which that is tried
 COARSENINGS = 32  # steps tried before a promised size is given up
 PROBED = 2.5  # bits an entry of the probe: plans lie about there, and damage grows faster than its prediction
@@ -228,7 +229,7 @@ def _fit(lattice: Lattice, setting: CodedSetting) -> CodedOperator:
             operator.stream = torch.frombuffer(bytearray(stream), dtype=torch.uint8)
             operator.adopt(packed)
             return operator
-        dearer = setting.trade * (1 + max(30 * over / len(stream), 1 / 32))
+        dearer = setting.trade * (1 + max(DEARER * over / len(stream), 1 / 32))
         if over < CLOSE * len(stream) and 0 < dearer <= DEAREST:
             setting = replace(setting, trade=dearer)
         else:
