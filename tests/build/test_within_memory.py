@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner
 
 import tersor
@@ -15,6 +16,7 @@ from tersor import TersorError
 from tersor.cli import app
 from tersor.models import open_model
 from tersor.models.files import write_tensors
+from tersor.models.sites import walk
 from tersor.steps import build_plan, compress, judge_artifact, open_study, reopen, study
 from tersor.steps.memory import Memory
 from tiny_models import draw_model, token_batches
@@ -117,6 +119,15 @@ def test_less_memory_means_fewer_processes_and_smaller_batches(tmp_path: Path) -
     assert found == sorted(found) and found[0] == 1 and found[-1] == 16
     found = [Memory((512 << 20) + n).batch_size(sites, 64, 256, True) for n in (20 << 20, 60 << 20, 1 << 30)]
     assert found == sorted(found) and 1 <= found[0] < found[-1] == 64
+
+
+def test_integers_take_less_memory_while_they_are_fitted() -> None:
+    (site,) = walk(nn.Sequential(nn.Linear(11008, 4096, bias=False))).sites
+    found = {form: Memory.of("10GB").workers([site], 16, (form,), "kronecker") for form in ("int", "coded")}
+    assert found == {"int": 2, "coded": 1}
+    assert Memory.of("6GB").workers([site], 16, ("int",), "kronecker") == 1
+    with pytest.raises(TersorError, match=r"--memory allows 6\.0 GB, but fitting 0 takes up to 7\.1 GB"):
+        Memory.of("6GB").workers([site], 16, ("coded",), "kronecker")
 
 
 def test_gains_are_those_of_a_model_in_memory(tmp_path: Path, quick: dict[str, Any]) -> None:

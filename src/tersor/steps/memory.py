@@ -18,9 +18,10 @@ from tersor.observe.collector import LARGEST_MOMENT
 from tersor.plan.budget import parse_size
 
 PROCESS = 512 << 20  # of a process with its libraries and kernels
-FITTING, BY_ROWS = 32, 4  # times a weight in 32 bits, while it is fitted: at once, or some rows at a time
+FITTING = 32  # times a weight in 32 bits, while it is fitted
+INTEGERS, BY_ROWS = 12, 4  # for those that are STRIPPED: at once, or some rows at a time
 MOMENTS = 9  # times its moments, with their factors in 64 bits
-STRIPPED = ("int", "portable")  # forms that are fitted by rows where these do not feel one another
+STRIPPED = ("int", "portable")  # forms that take less, and are fitted by rows where these do not feel one another
 LOGITS = 6  # times the outputs of a model, while they are compared or probed
 MODELS = 2  # that are judged together: what lies around their blocks stays in memory
 ACTIVATIONS = 2  # times what goes through the weights of a block; gradients as much again
@@ -44,12 +45,12 @@ class Memory:
 
         Raises TersorError where the limit is too small for one.
         """
-        stripped = set(forms) <= set(STRIPPED)
+        are_integers = set(forms) <= set(STRIPPED)
 
         def unit_of(site: Site) -> int:
             """Bytes that fitting a site takes, one matrix of its stack at a time."""
             apart = metric not in ("output", "kronecker") or site.kind == "table" or site.shape[0] > LARGEST_MOMENT
-            times = BY_ROWS if apart and stripped else FITTING
+            times = (BY_ROWS if apart else INTEGERS) if are_integers else FITTING
             return 4 * site.parameters + times * 4 * site.shape[0] * site.shape[1] + MOMENTS * _moments(site)
 
         given, unit = max(map(_given, sites)), max(map(unit_of, sites))
