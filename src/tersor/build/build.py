@@ -145,7 +145,7 @@ def _as_built(run: Run, plan: Plan, fits: Mapping[str, Fit], rounded: Sequence[R
             setting=as_values(fit.setting),
             stored=sum(operator.nbytes for operator in fit.operators),
             resident=sum(operator.resident for operator in fit.operators),
-            divergence=fit.divergence * run.gain(choice.site, choice.form),
+            divergence=fit.divergence * run.gain(choice.site, choice.form, fit.divergence),
         )
 
     choices = tuple(fitted(choice) for choice in plan.choices)

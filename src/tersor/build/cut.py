@@ -41,8 +41,8 @@ def damages_of(run: Run, sites: Sequence[Site], choices: Sequence[Choice], fits:
         if FORM in choice.form.split("+"):  # the fits of others are not read
             metrics, parts = site_metrics(run, by_name[choice.site]), _parts(fits[choice.site].operators)
             added = torch.stack([tails(part, m) for part, m in zip(parts, metrics, strict=True)]).sum(0)
-            gain = run.gain(choice.site, choice.form)
-            found[choice.site] = [float(f"{gain * d:.{DIGITS}g}") for d in added.tolist()]
+            gains = run.gains(choice.site)
+            found[choice.site] = [float(f"{d * gains.of(choice.form, d):.{DIGITS}g}") for d in added.tolist()]
     return found
 
 

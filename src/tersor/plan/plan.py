@@ -133,7 +133,8 @@ class Planner:
 
         def scaled(site: Site) -> tuple[Candidate, ...]:
             known = (c for c in run.candidates(site.name) if forms is None or c.form in forms)
-            return tuple(replace(c, divergence=c.divergence * run.gain(site.name, c.form)) for c in known)
+            gains = run.gains(site.name)
+            return tuple(replace(c, divergence=c.divergence * gains.of(c.form, c.divergence)) for c in known)
 
         return cls.over([(site, scaled(site)) for site in sites], size_of, Interaction.of(run), Latencies.of(run))
 

@@ -64,6 +64,7 @@ _BY_PREFIX: dict[str, Any] = {
         "borrowed?": {str: float},
         "predicted?": float,
         "measured?": float,
+        "growth?": [Row((float, float))],
     },
     "observed/": bool,
     "seconds/": float,

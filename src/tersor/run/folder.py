@@ -26,6 +26,7 @@ from tersor.foreign import COUNT, LARGEST_JSON, Row, check, parse_json, read_jso
 from tersor.forms import Candidate, Cost, as_values, form_named, setting_of
 from tersor.models.files import is_alive, read_tensors, write_safetensors, write_text
 from tersor.run.facts import pattern_of
+from tersor.run.gains import Gains
 from tersor.urls import url_of
 
 WORKER = "worker.json"  # who works in the folder
@@ -145,11 +146,15 @@ class Run:
 
     def put(self, name: str, value: Any) -> None:
         """Keep a fact; one that stands there as it is writes nothing."""
-        text = json.dumps(value)
-        if self._rows("SELECT 1 FROM facts WHERE name = ? AND value = ?", name, text):
-            return
-        with self._write() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, text))
+        self.put_all({name: value})
+
+    def put_all(self, facts: dict[str, Any]) -> None:
+        """Keep facts that belong together: all of them or, where the process dies, none."""
+        rows = [(name, json.dumps(value)) for name, value in facts.items()]
+        new = [row for row in rows if not self._rows("SELECT 1 FROM facts WHERE name = ? AND value = ?", *row)]
+        if new:
+            with self._write() as db:
+                db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", new)
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         try:
@@ -241,11 +246,12 @@ class Run:
                 found = setting_of(form_named(form), values)
             yield Candidate(form, found, Cost(stored, resident, flops), predicted)
 
-    def gain(self, site: str, form: str) -> float:
-        """Measured over predicted for a probe of a form at a site, else as borrowed, else that of `int`, else 1."""
-        found = self.get(f"gain/{site}", {})
-        gains = {**found.get("borrowed", {}), **found.get("by_form", {})}
-        return float(gains.get(form, found.get("gain", 1.0)))
+    def gains(self, site: str) -> Gains:
+        return Gains(self.get(f"gain/{site}", {}))
+
+    def gain(self, site: str, form: str, divergence: float = 0.0) -> float:
+        """What a form at a site does over what is predicted for it, where that is `divergence`; else for little."""
+        return self.gains(site).of(form, divergence)
 
     def put_plan(self, name: str, value: dict[str, Any]) -> None:
         with self._write() as db:
