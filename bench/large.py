@@ -4,7 +4,8 @@
 
 Writes the checkpoint in shards of 2 GB, with the widths of a model of 7 billion weights, once; then runs every step in
 a process of its own. The peak is that of all pages resident of that process and its children, files that they map
-counted too. What a step finds done in the folder it does not do again, so remove the folder to time it anew.
+counted too. A step that is done is kept in the folder with its figures, so a run that was stopped goes on with the step
+that it was at, whose time is then that of what was left; remove the folder to time all anew.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SEQUENCES, LENGTH, ROWS = 16, 256, 4
 SETTINGS = {"int": [{"bits": 4, "group_size": 64}]}
 DAMPING = {"inputs": 0.03, "gradients": 0.3, "frequencies": 0.3}
 DAY = 86400
+ROW = ("step", "peak", "seconds")  # what every step tells
 
 
 def shapes_of(blocks: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -115,6 +117,25 @@ def shown(step: str, what: str, done: int, total: int) -> None:
     print(f"\r{step} {what} {done}/{total}", end=" " * 20, file=sys.stderr, flush=True)
 
 
+def figures(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A step in a process of its own: its peak in bytes, its seconds, and what it tells."""
+    log = folder / f"{name}.log"
+    command = [sys.executable, "-m", "large", "--step", name, "--blocks", str(given.blocks), "--memory",
+               given.memory, "--metric", given.metric, "--folder", str(given.folder)]  # fmt: skip
+    code, peak = watched(command, Path(__file__).parent, os.environ, log, DAY)
+    text = log.read_text(encoding="utf8", errors="replace").strip().splitlines()
+    if code != 0:
+        sys.exit(f"{name} failed: {text[-1] if text else code}")
+    return {"step": name, "peak": peak, **json.loads(text[-1])}
+
+
+def shown_row(row: dict[str, Any], blocks: int) -> str:
+    parts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if k not in ROW}
+    peak, seconds = row["peak"] / 1e9, row["seconds"]
+    told = ", ".join(f"{k} {v}" for k, v in parts.items())
+    return f"{row['step']:6} peak {peak:.2f} GB, {seconds:.0f} s, {seconds / blocks:.1f} a block  {told}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=29)
@@ -133,21 +154,12 @@ def main() -> None:
     print(f"{given.blocks} blocks, {size / 1e9:.2f} GB, --memory {given.memory}, metric {given.metric}")
     rows = []
     for name in ("study", "build", "judge"):
-        log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "large", "--step", name, "--blocks", str(given.blocks), "--memory",
-                   given.memory, "--metric", given.metric, "--folder", str(given.folder)]  # fmt: skip
-        code, peak = watched(command, Path(__file__).parent, os.environ, log, DAY)
-        text = log.read_text(encoding="utf8", errors="replace").strip().splitlines()
-        if code != 0:
-            sys.exit(f"{name} failed: {text[-1] if text else code}")
-        row = {"step": name, "peak": peak, **json.loads(text[-1])}
+        kept = folder / f"{name}-{given.metric}.json"
+        if not kept.exists():
+            write_text(kept, json.dumps(figures(name, given, folder)))
+        row = json.loads(kept.read_text(encoding="utf8"))
         rows.append(row)
-        parts = {k: v for k, v in row.items() if k not in ("step", "peak", "seconds")}
-        print(
-            f"{name:6} peak {peak / 1e9:.2f} GB, {row['seconds']:.0f} s, {row['seconds'] / given.blocks:.1f} a block  "
-            + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in parts.items()),
-            flush=True,
-        )
+        print(shown_row(row, given.blocks), flush=True)
     found = {"blocks": given.blocks, "bytes": size, "memory": given.memory, "metric": given.metric, "rows": rows}
     write_text(RESULTS / f"large-{given.metric}-{given.blocks}.json", json.dumps(found, indent=1) + "\n")
 
