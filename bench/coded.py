@@ -134,7 +134,7 @@ class Bench:
 
     def choice(self, site: Site, setting: CodedSetting, divergence: float) -> Choice:
         """The choice of a fit; `divergence` is without the gain of the site."""
-        whole = divergence * self.run.gain(site.name, "coded")
+        whole = divergence * self.run.gain(site.name, "coded", divergence)
         return Choice(site.name, "coded", as_values(setting), setting.label, setting.stored or 0, 0, 0, whole)
 
 

@@ -27,6 +27,7 @@ from tersor.forms import Candidate, IntForm, IntSetting, Operator, RowsForm, Row
 from tersor.judge.intervals import mean_estimate
 from tersor.judge.scores import auc
 from tersor.metrics import Metric
+from tersor.run import Gains
 from tersor.steps import study
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,12 +39,13 @@ FORMS = (
 BLIND = ("rows", "mixed", "hashed", "int", "coded", "lowrank")
 RESAMPLES = 400
 CHECKED = 2048  # held-out rows on which gains are measured; the others are for the figures
+NO_GAINS = Gains({})
 
 
-def best(candidates: list[Candidate], most: float, gains: dict[str, float]) -> Candidate | None:
+def best(candidates: list[Candidate], most: float, gains: Gains = NO_GAINS) -> Candidate | None:
     """Of the candidates that take no more bytes, the one that is predicted to do least."""
     within = [c for c in candidates if c.cost.stored <= most]
-    return min(within, key=lambda c: c.divergence * gains.get(c.form, 1.0), default=None)
+    return min(within, key=lambda c: c.divergence * gains.of(c.form, c.divergence), default=None)
 
 
 def plain_rounding(table: Table, most: float) -> Operator | None:
@@ -75,7 +77,6 @@ def tables_at(table: Table, most: float, blind: list[Candidate]) -> Iterator[tup
     """What to measure within so many bytes: name, setting, operator or None where nothing is so small."""
     run, name, plain = table.opened.run, table.site.name, table.metric.coarsened("identity")
     drawn = list(run.candidates(name))
-    gains = {form: run.gain(name, form) for form in FORMS}
 
     def fitted(candidate: Candidate | None, metric: Metric) -> tuple[str, Operator | None]:
         if candidate is None:
@@ -83,11 +84,11 @@ def tables_at(table: Table, most: float, blind: list[Candidate]) -> Iterator[tup
         label = candidate.setting.label
         return label, form_named(candidate.form).fit(table.weight, metric, candidate.setting)
 
-    yield "all together", *fitted(best(drawn, most, gains), table.metric)
+    yield "all together", *fitted(best(drawn, most, run.gains(name)), table.metric)
     for form in FORMS:
-        yield form, *fitted(best([c for c in drawn if c.form == form], most, {}), table.metric)
+        yield form, *fitted(best([c for c in drawn if c.form == form], most), table.metric)
     for form in BLIND:
-        yield f"{form}, blind", *fitted(best([c for c in blind if c.form == form], most, {}), plain)
+        yield f"{form}, blind", *fitted(best([c for c in blind if c.form == form], most), plain)
     magnitude, rounded = by_magnitude(table, most), plain_rounding(table, most)
     yield "rows by magnitude", magnitude.setting.label, magnitude
     yield "round to nearest", "" if rounded is None else rounded.setting.label, rounded
