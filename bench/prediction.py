@@ -56,10 +56,9 @@ def single_sites(opened: Study, held: Reference, count: int, seed: int = 0) -> l
             )
             for kind in KINDS
         }
-        predicted["kronecker + gain"] = predicted["kronecker"] * opened.run.gain(site.name, "coded")
-        predicted["kronecker + gain by form"] = predicted["kronecker"] * opened.run.gain(
-            site.name, form, predicted["kronecker"]
-        )
+        gains, damage = opened.run.gains(site.name), predicted["kronecker"]
+        predicted["kronecker + gain"] = damage * gains.of("coded")
+        predicted["kronecker + gain by form"] = damage * gains.of(form, damage)
         rows.append(
             {"site": site.name, "form": form, "label": choice.label, "measured": measured, "predicted": predicted}
         )

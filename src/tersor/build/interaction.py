@@ -26,12 +26,17 @@ _Done = dict[str, tuple[str, float]]  # by site the form that a plan chose, and 
 
 
 @contextmanager
-def applied(run: Run, model: Model, sites: Sequence[Site], choices: Sequence[Choice]) -> Iterator[None]:
-    """The model with these choices, which are fitted, in the place of its weights, put back at the end."""
+def applied(run: Run, model: Model, sites: Sequence[Site], choices: Sequence[Choice]) -> Iterator[_Done]:
+    """The model with these choices, which are fitted, in the place of its weights, put back at the end.
+
+    Yields by site the form that was chosen, and the divergence of its fit without the gain.
+    """
+    done: _Done = {}
     with ExitStack() as stack:
-        for site, _, fit in _fitted(run, sites, choices):
+        for site, choice, fit in _fitted(run, sites, choices):
+            done[site.name] = choice.form, fit.divergence
             stack.enter_context(substituted(model, site, fit.matrices()))
-        yield
+        yield done
 
 
 def measure_interaction(
@@ -59,10 +64,9 @@ def measure_interaction(
             continue
         for done, _ in enumerate(fits_of(run, model, sites, choices, workers)):
             progress(f"whole plan {number + 1}", done, len(choices))
-        with applied(run, model, sites, choices):
-            whole = reference.divergence()
-        plans.append(({s.name: (c.form, fit.divergence) for s, c, fit in _fitted(run, sites, choices)}, whole))
-        damages = _damages(plans[-1][0], gains)
+        with applied(run, model, sites, choices) as done_by:
+            plans.append((done_by, reference.divergence()))
+        damages = _damages(done_by, gains)
         large = [site for site in sites if damages.get(site.name, 0.0) > LARGE * sum(damages.values())]
         for site, _, fit in _fitted(run, large, choices):
             with reference.starting_at(site), substituted(model, site, fit.matrices()):

@@ -250,7 +250,7 @@ class Run:
         return Gains(self.get(f"gain/{site}", {}))
 
     def gain(self, site: str, form: str, divergence: float = 0.0) -> float:
-        """What a form at a site does over what is predicted for it, where that is `divergence`; else for little."""
+        """What a form at a site does over what is predicted for it, where that is `divergence`: little if not given."""
         return self.gains(site).of(form, divergence)
 
     def put_plan(self, name: str, value: dict[str, Any]) -> None:
