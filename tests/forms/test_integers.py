@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tersor.errors import TersorError
 from tersor.forms import IntForm, IntSetting, cost_of
+from tersor.forms.int_scales import search_grid
 from tersor.metrics import Metric
 
 LAYOUTS = [
@@ -74,3 +76,27 @@ def test_searched_scales_beat_the_extremes(rounding: str, make_metric: Callable[
 def test_a_bad_setting_is_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(TersorError, match=named):
         IntForm().setting(values)
+
+
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("zeros", ["fine", "whole"])
+def test_the_search_finds_nearly_the_best_grid_of_a_group(axis: str, symmetric: bool, zeros: str) -> None:
+    """Beside all of 200 scales and 60 zeros; the last group is short and on one side of zero, which no zero suits."""
+    setting = IntSetting(3, 32, axis, symmetric, zeros=zeros)
+    weight, importance = torch.randn(1, 70), torch.rand(1, 70)
+    weight[0, 64:] = weight[0, 64:].abs() + 1
+
+    def error(part: slice, scale: Tensor, zero: Tensor) -> Tensor:
+        codes = (weight[0, part] / scale + zero).round().clamp(0, 7)
+        return (importance[0, part] * (weight[0, part] - (codes - zero) * scale).square()).sum(-1)
+
+    both = (weight, importance) if axis == "columns" else (weight.T, importance.T)
+    scale, zero = (found.reshape(-1) for found in search_grid(*both, setting))
+    assert len(scale) == 3
+    tried = torch.linspace(0, 7, 60) if zeros == "fine" else torch.arange(1, 8).float()
+    tried = torch.tensor([setting.half]) if symmetric else tried
+    for number, part in enumerate((slice(0, 32), slice(32, 64), slice(64, 70))):
+        scales = weight[0, part].abs().max() * torch.linspace(0.02, 1, 200)
+        best = error(part, scales[:, None, None], tried[:, None]).min()
+        assert error(part, scale[number], zero[number]) <= (1.15 if number < 2 else 3) * best + 1e-6

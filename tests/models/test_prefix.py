@@ -118,3 +118,19 @@ def test_blocks_before_the_site_do_not_run() -> None:
         reference.divergence()
         after = [block.runs for block in module.blocks]  # type: ignore[union-attr]
     assert [b - a for a, b in zip(before, after, strict=True)] == [0, 0, 3, 3]
+
+
+def test_a_probe_is_told_by_as_many_samples_as_it_takes() -> None:
+    module, many = Chain(), torch.randn(2400, 12, generator=torch.Generator().manual_seed(0))
+    reference = reference_of(module, list(many.split(6)))
+    site = walk(module, minimum=1).sites[0]
+    with substituted(reference.model, site, 0.8 * site.matrices(module)):
+        whole = reference.divergence()
+        counts = []
+        for within in (0.2, 0.05, 1e-6):
+            value, batches = reference.told(within)
+            assert len(set(batches)) == len(batches) and value == pytest.approx(reference.divergence(batches))
+            assert abs(value / whole - 1) < 4 * within + 1e-6
+            counts.append(len(batches))
+    assert 6 <= counts[0] < counts[1] < counts[2] == 400
+    assert reference.told(0.05)[0] == pytest.approx(0, abs=1e-9)  # nothing was seen, so all were asked

@@ -1,7 +1,8 @@
 """Gains: what probes that are measured at a site do, over what was predicted for them.
 
 A miss of the prediction is nearly the same for every form at a site, and how forms differ in it is nearly the same at
-sites of one kind. So scouts measure a probe of every form, the other sites one, and borrow the rest from the scouts.
+sites of one kind. So scouts measure a probe of every form, the other sites one, and borrow the rest from the scouts;
+all of a site on as many samples as tell well enough what the first does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tersor.models.model import Model
 from tersor.models.sites import Site
 from tersor.run import Run
 
+TOLD = 0.05  # the standard error of what a probe does, over that: it moves what a plan chooses by some 1/30 of a bit
 LEADING = ("coded", "int")  # whose probe is measured at every site: the first of these that is drawn there
 
 
@@ -58,10 +60,13 @@ def probe_gains(
     if fitting > 1:
         fitting = max(2, fitting // 2)
     for site, fits in map_units(fit_probes, units(), fitting, in_order=True):
-        found = _known(run, site)
+        found, batches = _known(run, site), None
         for name, (new, predicted) in fits.items():
             with reference.starting_at(site), substituted(model, site, new):
-                measured = reference.divergence()
+                if batches is None:
+                    measured, batches = reference.told(TOLD)
+                else:
+                    measured = reference.divergence(batches)
             gain = measured / predicted if predicted > 0 and measured > 0 else 1.0
             found["by_form"][name] = gain
             if name == "int" or "gain" not in found:

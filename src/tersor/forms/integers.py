@@ -7,9 +7,10 @@ Groups lie along the columns, or along the rows (P435 Rethinking Channel Dimensi
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tersor.errors import TersorError
-from tersor.forms.base import Array, Candidate, PackedOperator, Shape, bits_of, cost_of, fitted_candidate, from_bits
+from tersor.forms.base import Array, Candidate, PackedOperator, Shape, bits_of, cost_of, from_bits
 from tersor.forms.int_scales import search_grid
 from tersor.forms.packing import PLANES, Arrays, in_reach, pack, packed_width, unpack
 from tersor.forms.rounding import FREE_ROWS, Grid, relative, round_with_feedback, spans
-from tersor.metrics import Kept, Metric
+from tersor.metrics import Felt, Kept, Metric
 
 STRIP = 1 << 22  # entries that are fitted at a time where rows do not feel one another
 PARTED = 1.02  # times the divergence up to which rows that feel one another are enlarged by themselves
@@ -251,19 +252,29 @@ class IntForm:
     def curve(self, weight: Tensor, metric: Metric, settings: Iterable[IntSetting] | None = None) -> list[Candidate]:
         shape: Shape = (weight.shape[0], weight.shape[1])
         ladder = self.settings(shape) if settings is None else settings
+        weight = weight.detach().float()
+        whole = part = weight, metric, metric.felt_by(weight)
         rows = metric.sampled_rows(apart=True)
-        sample = None if rows is None else (weight[rows[0]], metric.of_rows(*rows))
+        if rows is not None:
+            few, of_few = weight[rows[0]], metric.of_rows(*rows)
+            part = few, of_few, of_few.felt_by(few)
 
         def candidate(setting: IntSetting) -> Candidate:
             """From a sample of the rows of a table, where each row has groups of its own."""
-            if sample is None or setting.axis == "rows":
-                return fitted_candidate(self, weight, metric, setting)[1]
-            return replace(fitted_candidate(self, *sample, setting)[1], cost=cost_of(self, shape, setting))
+            matrix, under, felt = whole if setting.axis == "rows" else part
+            operator, divergence = self._fit(matrix, under, setting, felt)
+            if divergence is None:
+                divergence = under.distance(matrix - operator.dense())
+            return Candidate(self.name, setting, cost_of(self, shape, setting), divergence)
 
         return [candidate(setting) for setting in ladder]
 
     def fit(self, weight: Tensor, metric: Metric, setting: IntSetting) -> IntOperator:
         weight = weight.detach().float()
+        return self._fit(weight, metric, setting, metric.felt_by(weight))[0]
+
+    def _fit(self, weight: Tensor, metric: Metric, setting: IntSetting, felt: Felt) -> tuple[IntOperator, float | None]:
+        """The operator of a float32 weight, and its divergence where that was found on the way."""
         shape: Shape = (weight.shape[0], weight.shape[1])
         (lower_rows, pivot_rows), (lower_columns, pivot_columns) = metric.rows.unit_lower, metric.columns.unit_lower
         if setting.rounding == "nearest":
@@ -285,9 +296,7 @@ class IntForm:
             grid = Grid(scale, zero, 2.0**setting.bits - 1)
             rounded = round_with_feedback(part, grid, lower_rows, lower_columns)
             operator.codes[strip] = pack(grid.codes(rounded.to(weight.device)), setting.bits)
-        if setting.enlarged:
-            _enlarge(operator, weight, metric)
-        return operator
+        return _enlarged(operator, metric, felt) if setting.enlarged else (operator, None)
 
 
 class PortableForm(IntForm):
@@ -309,17 +318,20 @@ class PortableForm(IntForm):
         return None
 
 
-def _enlarge(operator: IntOperator, weight: Tensor, metric: Metric) -> None:
-    """Give back what rounding lost of a weight in its own direction: of every row, where rows that feel one another
-    are not parted by that, else of the whole."""
-    fitted = operator.dense()
-    kept = metric.kept(weight, fitted)
-    rows = kept.row_factors if operator.setting.axis == "columns" else None
-    if rows is not None and not metric.rows.is_diagonal:
-        of_rows = (rows * kept.factor(rows)).to(fitted)[:, None]
-        both = [metric.distance(weight - factors * fitted) for factors in (of_rows, kept.factor())]
-        rows = rows if both[0] <= PARTED * both[1] else None
-    operator.enlarge(kept, rows)
+def _enlarged(operator: IntOperator, metric: Metric, felt: Felt) -> tuple[IntOperator, float | None]:
+    """The operator with what rounding lost of a weight in its own direction given back, and its divergence if found.
+
+    That is given to every row, where rows that feel one another are not parted by that, else to the whole.
+    """
+    kept = felt.kept(operator.dense())
+    if operator.setting.axis == "rows" or metric.rows.is_diagonal:
+        operator.enlarge(kept, None if operator.setting.axis == "rows" else kept.row_factors)
+        return operator, None
+    of_rows = copy.deepcopy(operator)
+    of_rows.enlarge(kept, kept.row_factors)
+    operator.enlarge(kept, None)
+    by_rows, as_one = (metric.distance(felt.weight - o.dense()) for o in (of_rows, operator))
+    return (of_rows, by_rows) if by_rows <= PARTED * as_one else (operator, as_one)
 
 
 def _size(shape: Shape, setting: IntSetting) -> int:

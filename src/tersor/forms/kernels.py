@@ -200,3 +200,101 @@ def move_codes(
                 factor = inner[k, i]
                 for b in range(columns):
                     felt[k, b] -= factor * moved[b]
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _grid_error(w: Array, h: Array, scale: Any, zero: Any, top: Any) -> Any:
+    """The importance-weighted squared error of rounding `w` to `scale (code - zero)`, codes from 0 to `top`."""
+    of_type = w.dtype.type
+    nothing, error, inverse = of_type(0), of_type(0), of_type(1) / scale
+    for k in range(w.size):
+        code = min(max(np.rint(w[k] * inverse + zero), nothing), top)
+        missed = w[k] - (code - zero) * scale
+        error += h[k] * missed * missed
+    return error
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _least_squares_grid(
+    w: Array, h: Array, scale: Any, zero: Any, top: Any, symmetric: bool, whole: bool
+) -> tuple[Any, Any]:
+    """The scale and zero that fit `w` best with the codes that it has at a scale and a zero."""
+    of_type = w.dtype.type
+    nothing, tiny, inverse = of_type(0), of_type(1e-20), of_type(1) / scale
+    mass, sum_w, sum_c = nothing, nothing, nothing
+    for k in range(w.size):
+        code = min(max(np.rint(w[k] * inverse + zero), nothing), top)
+        mass += h[k]
+        sum_w += h[k] * w[k]
+        sum_c += h[k] * code
+    mean_w, mean_c = (nothing, zero) if symmetric else (sum_w / max(mass, tiny), sum_c / max(mass, tiny))
+    along, square = nothing, nothing
+    for k in range(w.size):
+        level = min(max(np.rint(w[k] * inverse + zero), nothing), top) - mean_c
+        along += h[k] * level * (w[k] - mean_w)
+        square += h[k] * level * level
+    scale = max(along / max(square, tiny), of_type(1e-12))
+    if symmetric:
+        return scale, zero
+    found = _snapped(mean_c - mean_w / scale, top, whole)
+    if not whole:
+        return scale, found
+    along, square = nothing, nothing  # a zero that moved wants another scale
+    for k in range(w.size):
+        level = min(max(np.rint(w[k] * inverse + zero), nothing), top) - found
+        along += h[k] * level * w[k]
+        square += h[k] * level * level
+    return max(along / max(square, tiny), of_type(1e-12)), found
+
+
+@numba.njit(cache=True, nogil=True)
+def _snapped(zero: Any, top: Any, whole: bool) -> Any:
+    """`IntSetting.snapped`."""
+    one = type(zero)(1)
+    return min(max(np.floor(zero + one / 2), one), top) if whole else min(max(zero, one - one), top)
+
+
+@numba.njit(cache=True, nogil=True)
+def search_grids(
+    weight: Array,
+    importance: Array,
+    size: int,
+    top: float,
+    shares: Array,
+    refinements: int,
+    symmetric: bool,
+    whole: bool,
+    half: float,
+    scales: Array,
+    zeros: Array,
+) -> None:
+    """Scales and zeros of groups of `size` along the rows of `weight` and `importance` (rows, columns).
+
+    Of the range of the group, of `shares` of it, and of so many refinements by least squares, that of the least error.
+    """
+    of_type = weight.dtype.type
+    nothing, most, middle, two = of_type(0), of_type(top), of_type(half), of_type(2)
+    for i in range(weight.shape[0]):
+        for g in range(scales.shape[1]):
+            w, h = weight[i, g * size : (g + 1) * size], importance[i, g * size : (g + 1) * size]
+            low, high = min(w.min(), nothing), max(w.max(), nothing)  # a zero lies within the range
+            if symmetric:
+                high = max(high, -low)
+                low = -high
+            centre, radius = (low + high) / two, max((high - low) / two, of_type(1e-12))
+            best = two * radius / most
+            at = middle if symmetric else _snapped(most / two - centre / best, most, whole)
+            least = _grid_error(w, h, best, at, most)
+            for share in shares:
+                scale = two * radius / most * share
+                zero = middle if symmetric else _snapped(most / two - centre / scale, most, whole)
+                error = _grid_error(w, h, scale, zero, most)
+                if error < least:
+                    least, best, at = error, scale, zero
+            for _ in range(refinements):
+                scale, zero = _least_squares_grid(w, h, best, at, most, symmetric, whole)
+                error = _grid_error(w, h, scale, zero, most)
+                if not error < least:
+                    break
+                least, best, at = error, scale, zero
+            scales[i, g], zeros[i, g] = best, at

@@ -1,5 +1,5 @@
 """Norms on weight errors, made from summaries."""
 
-from tersor.metrics.metric import KINDS, Kept, Metric, Side
+from tersor.metrics.metric import KINDS, Felt, Kept, Metric, Side
 
-__all__ = ["KINDS", "Kept", "Metric", "Side"]
+__all__ = ["KINDS", "Felt", "Kept", "Metric", "Side"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tersor.errors import TersorError
 
+BLOCK = 192  # rows of a moment that are taken at a time where half of its entries will do
 STRIP = 1 << 24  # entries of an error that are weighed at a time
 MOST_ENLARGED = 1.25  # times, to undo that a fitted matrix is shrunk; of that, its rows by themselves at most the root
 SAMPLED_ROWS = 8192  # rows that stand for all of a table where curves are drawn
@@ -102,6 +103,20 @@ class Side:
         moment = self.moment.to(matrix.dtype)
         return matrix * moment if self.is_diagonal else matrix @ moment
 
+    def halved(self, matrix: Tensor) -> Tensor:
+        """`T matrix` for `matrix` (n, m) and a `T` with `x^T T x` as with the moment: for little more than half of it.
+
+        `T` has the blocks on the diagonal of the moment, those right of it twice, and none left of it.
+        """
+        if self.is_diagonal:
+            return self.apply(matrix)
+        moment, out = self.moment.to(matrix.dtype), torch.empty_like(matrix)
+        for start in range(0, self.size, BLOCK):
+            block, later = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            torch.mm(moment[block, block], matrix[block], out=out[block])
+            out[block].addmm_(moment[block, later], matrix[later], alpha=2)
+        return out
+
     def whiten(self, matrix: Tensor) -> Tensor:
         """`L^T matrix` for `matrix` (n, m), in float64."""
         matrix = matrix.double()
@@ -174,7 +189,7 @@ class Metric:
         return self.rows.size, self.columns.size
 
     @property
-    def _strip(self) -> int:
+    def strip(self) -> int:
         """Rows that are weighed at a time: all of them where they feel one another."""
         return max(1, STRIP // max(1, self.columns.size)) if self.rows.is_diagonal else max(1, self.rows.size)
 
@@ -184,26 +199,21 @@ class Metric:
             return self.judged_by.distance(error)
         error = error.float()
         if self.rows.is_diagonal:
-            parts = [(self.columns.felt(e) * e).sum(1, dtype=torch.float64) for e in error.split(self._strip)]
+            parts = [(self.columns.halved(e.T) * e.T).sum(0, dtype=torch.float64) for e in error.split(self.strip)]
             return self.scale * float(self.rows.moment.double() @ torch.cat(parts))
-        felt = self.columns.felt(error)
-        return self.scale * float((self.rows.apply(error) * felt).sum(dtype=torch.float64))
+        if self.rows.size < self.columns.size:  # the larger moment is halved: only one of them may be
+            both = self.rows.apply(error).T * self.columns.halved(error.T)
+        else:
+            both = self.rows.halved(error) * self.columns.felt(error)
+        return self.scale * float(both.sum(dtype=torch.float64))
+
+    def felt_by(self, weight: Tensor) -> Felt:
+        """What the metric, or that which judges for it, feels of a weight (rows, columns), float32."""
+        return Felt(self.judged_by or self, weight)
 
     def kept(self, weight: Tensor, fitted: Tensor) -> Kept:
         """How much of a weight (rows, columns) is left in a matrix that was fitted to it, both float32."""
-        judge = self.judged_by or self
-        of_rows, of_whole = [], []
-        for w, f in zip(*(m.split(self._strip) for m in (weight, fitted)), strict=True):
-            felt = judge.columns.felt(w)
-            both = felt if judge.rows.is_diagonal else judge.rows.apply(felt)
-            of_rows.append(torch.stack([(felt * m).sum(1, dtype=torch.float64) for m in (w, f)]))
-            of_whole.append(torch.stack([(both * m).sum(1, dtype=torch.float64) for m in (w, f)]))
-        rows, whole = (torch.cat(parts, 1).cpu() for parts in (of_rows, of_whole))
-        if judge.rows.is_diagonal:
-            whole *= judge.rows.moment.double().cpu()
-        if not whole[0].sum() > 0:
-            return Kept(torch.ones(len(weight)).double(), torch.full((len(weight),), 1 / len(weight)).double())
-        return Kept(torch.where(rows[0] > 0, rows[1] / rows[0], 1.0), whole[1] / whole[0].sum())
+        return self.felt_by(weight).kept(fitted)
 
     def whiten(self, weight: Tensor) -> Tensor:
         """`L_r^T W L_c`, whose squared Frobenius norm times `scale` is `distance(W)`; float64."""
@@ -265,3 +275,35 @@ class Metric:
         if kind in ("input-diagonal", "fisher-input"):
             rows, columns = Side(rows.diagonal), Side(columns.diagonal)
         return Metric(kind, rows, columns, self.scale)
+
+
+@dataclass(frozen=True)
+class Felt:
+    """A weight under a metric, for many fits to it: products with whole moments are taken once."""
+
+    metric: Metric
+    weight: Tensor
+
+    def kept(self, fitted: Tensor) -> Kept:
+        """How much of the weight is left in a matrix (rows, columns) that was fitted to it, float32."""
+        metric, weight = self.metric, self.weight
+        if metric.rows.is_diagonal:
+            parts = zip(weight.split(metric.strip), fitted.split(metric.strip), strict=True)
+            rows = torch.cat([_row_sums(metric.columns.felt(w), w, f) for w, f in parts], 1)
+            whole = rows * metric.rows.moment.double().cpu()
+        else:
+            rows, whole = (_row_sums(felt, weight, fitted) for felt in self._products)
+        if not whole[0].sum() > 0:
+            return Kept(torch.ones(len(weight)).double(), torch.full((len(weight),), 1 / len(weight)).double())
+        return Kept(torch.where(rows[0] > 0, rows[1] / rows[0], 1.0), whole[1] / whole[0].sum())
+
+    @cached_property
+    def _products(self) -> tuple[Tensor, Tensor]:
+        """The weight times the moment of the columns, and the moment of the rows times that."""
+        felt = self.metric.columns.felt(self.weight)
+        return felt, self.metric.rows.apply(felt)
+
+
+def _row_sums(felt: Tensor, *matrices: Tensor) -> Tensor:
+    """The inner products of rows (count, rows) of some matrices with those of `felt`, float64."""
+    return torch.stack([(felt * m).sum(1, dtype=torch.float64) for m in matrices]).cpu()

@@ -20,6 +20,8 @@ from tersor.models.ondemand import replaced
 from tersor.models.prefix import Prefix
 from tersor.models.sites import Site
 
+FEWEST = 32  # independent samples that a standard error is told from
+
 
 class Reference:
     """The outputs of a model on some batches as they were when this was made, in float32 on the CPU.
@@ -31,18 +33,13 @@ class Reference:
         self.model, self.batches = model, batches
         self._prefix = Prefix(model.module, self._output, len(batches))
         self._select: Callable[[int], None] = lambda _: None
-        outputs = (output.cpu() for output in self._run())
+        outputs = (self._output(number).cpu() for number in range(len(batches)))
         self.outputs: Sequence[Tensor] = list(outputs) if folder is None else _InFiles(folder, outputs)
         self.units = [model.units(batch) for batch in batches]
 
     def _output(self, number: int) -> Tensor:
         with torch.no_grad():
             return self.model.outputs(self.batches[number]).float()
-
-    def _run(self) -> Iterator[Tensor]:
-        for number in range(len(self.batches)):
-            self._select(number)
-            yield self._output(number)
 
     @contextmanager
     def starting_at(self, site: Site) -> Iterator[None]:
@@ -54,16 +51,43 @@ class Reference:
             finally:
                 self._select = lambda _: None
 
-    def divergences(self) -> np.ndarray:
-        """The mean divergence of every independent sample between then and now, float64."""
-        out = []
-        for before, now, units in zip(self.outputs, self._run(), self.units, strict=True):
-            values = self.model.divergence.compare(before.to(now.device), now).double().cpu()
-            out.append(mean_by_unit(values, units))
-        return np.concatenate(out)
+    def divergences(self, batches: Iterable[int] | None = None) -> np.ndarray:
+        """The mean divergence of every sample, of all batches or of these, between then and now, float64."""
+        return np.concatenate(list(self._compared(range(len(self.batches)) if batches is None else batches)))
 
-    def divergence(self) -> float:
-        return float(self.divergences().mean())
+    def divergence(self, batches: Iterable[int] | None = None) -> float:
+        return float(self.divergences(batches).mean())
+
+    def told(self, within: float) -> tuple[float, list[int]]:
+        """The divergence over as many samples as tell it with a standard error of `within` times it, and their batches.
+
+        These are spread over all, as batches may be in the order of their lengths.
+        """
+        order, found = _spread(len(self.batches)), np.empty(0)
+        for count, values in enumerate(self._compared(order), 1):
+            found = np.concatenate([found, values])
+            if len(found) >= FEWEST and 0 < found.std(ddof=1) <= within * found.mean() * len(found) ** 0.5:
+                return float(found.mean()), order[:count]
+        return float(found.mean()), order
+
+    def _compared(self, batches: Iterable[int]) -> Iterator[np.ndarray]:
+        """The divergences of the samples of each of these batches."""
+        for number in batches:
+            self._select(number)
+            now = self._output(number)
+            values = self.model.divergence.compare(self.outputs[number].to(now.device), now).double().cpu()
+            yield mean_by_unit(values, self.units[number])
+
+
+def _spread(count: int) -> list[int]:
+    """The numbers below `count`, the middle first, then the middles of what lies on both sides of it, and so on."""
+    found, parts = [], [(0, count)]
+    for start, stop in parts:
+        if start < stop:
+            middle = (start + stop) // 2
+            found.append(middle)
+            parts += [(start, middle), (middle + 1, stop)]
+    return found
 
 
 class _InFiles(Sequence[Tensor]):
