@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,26 @@ def test_an_artifact_is_loaded_on_demand(tmp_path: Path, quick: dict[str, Any]) 
         assert torch.equal(module(**batch).logits, tersor.load(tmp_path / "out")(**batch).logits)
     with pytest.raises(TersorError, match="stay as they are"):
         tersor.load(tmp_path / "out", on_demand=True, mode="dense")
+
+
+@pytest.mark.parametrize("form", ["int", "codebook", "float", "sparse", *FORMS])
+def test_what_ran_leaves_nothing_in_memory(form: str, quick: dict[str, Any], tmp_path: Path) -> None:
+    draw_model("llama-tied", layers=2).save_pretrained(tmp_path / "model")
+    options = {**quick, "forms": (form,), "settings": None}
+    opened = study(tmp_path / "model", token_batches(count=5), tmp_path / "run", **options)
+    build_plan(opened, opened.plan("30bits" if "+" in form else "50%"), tmp_path / "out", workers=1)
+    module, batch = tersor.load(tmp_path / "out", on_demand=True), token_batches()[0]
+    before = tensors()
+    with torch.no_grad():
+        module(**batch, use_cache=False)
+    assert sum(t.untyped_storage().nbytes() for key, t in tensors().items() if key not in before) < 100
+
+
+def tensors() -> dict[int, torch.Tensor]:
+    """All tensors that are in memory, by where they lie there."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta]
+    return {t.untyped_storage().data_ptr(): t for t in found}
 
 
 FACTORY = """

@@ -217,8 +217,11 @@ class IntOperator(PackedOperator):
             unpacking.grouped_product(packed.numpy(), setting.bits, _size(self.shape, setting), scale, zero, x, out)
         return out
 
+    def forget(self) -> None:
+        self._arrays = Arrays()  # whose tensors would stay in memory
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._arrays = Arrays()  # what was moved need not stay where it was
+        self.forget()  # what was moved need not stay where it was
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 

@@ -20,7 +20,7 @@ from tersor.models.ondemand import replaced
 from tersor.models.prefix import Prefix
 from tersor.models.sites import Site
 
-FEWEST = 32  # independent samples that a standard error is told from
+FEWEST = 16  # independent samples that a standard error is told from
 
 
 class Reference:

@@ -8,8 +8,11 @@ outside of a forward goes through `values_of`, what puts another weight in its p
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,19 @@ def held(module: nn.Module, whole: bool = True) -> Iterator[None]:
                 parameter.hold()
                 stack.callback(parameter.release)
         yield
+    _give_back()
+
+
+def _give_back() -> None:
+    """Have the allocator return what is free to the system: glibc keeps more with every block, up to gigabytes."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def values_of(parameter: Tensor) -> Tensor:
