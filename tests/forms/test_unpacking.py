@@ -41,7 +41,8 @@ def drawn(operator: IntOperator) -> IntOperator:
     rows, columns = operator.shape
     operator.codes = pack(torch.randint(0, top + 1, (rows, columns)), operator.setting.bits)
     groups = operator.scale.shape
-    operator.set_grid(torch.rand(groups) + 0.01, operator.setting.snapped(torch.rand(groups) * top))
+    zero = torch.rand(groups) * top
+    operator.set_grid(torch.rand(groups) + 0.01, zero.ceil() if operator.setting.zeros == "whole" else zero)
     return operator
 
 

@@ -73,12 +73,6 @@ class IntSetting:
         """The code that a symmetric grid maps to zero; between two codes where it need not be one."""
         return float(2**self.bits) / 2 if self.zeros == "whole" else float(2**self.bits - 1) / 2
 
-    def snapped(self, zero: Tensor) -> Tensor:
-        """Zeros in the range of the grid. Whole ones are at least 1: a format that others read stores them less 1."""
-        top = 2**self.bits - 1
-        whole: Tensor = (zero + 0.5).floor().clamp(1, top)
-        return whole if self.zeros == "whole" else zero.clamp(0, top)
-
 
 class IntOperator(PackedOperator):
     """Packed codes (rows, bytes); scales and zeros of groups, 16-bit floats or 8-bit codes of a range of the tensor."""

@@ -249,7 +249,7 @@ def _least_squares_grid(
 
 @numba.njit(cache=True, nogil=True)
 def _snapped(zero: Any, top: Any, whole: bool) -> Any:
-    """`IntSetting.snapped`."""
+    """A zero in the range of the grid; a `whole` one is at least 1: a format that others read stores it less 1."""
     one = type(zero)(1)
     return min(max(np.floor(zero + one / 2), one), top) if whole else min(max(zero, one - one), top)
 
