@@ -250,28 +250,28 @@ class IntForm:
         shape: Shape = (weight.shape[0], weight.shape[1])
         ladder = self.settings(shape) if settings is None else settings
         weight = weight.detach().float()
-        whole = part = weight, metric, metric.felt_by(weight)
+        whole = part = metric, metric.felt_by(weight)
         rows = metric.sampled_rows(apart=True)
         if rows is not None:
-            few, of_few = weight[rows[0]], metric.of_rows(*rows)
-            part = few, of_few, of_few.felt_by(few)
+            of_few = metric.of_rows(*rows)
+            part = of_few, of_few.felt_by(weight[rows[0]])
 
         def candidate(setting: IntSetting) -> Candidate:
             """From a sample of the rows of a table, where each row has groups of its own."""
-            matrix, under, felt = whole if setting.axis == "rows" else part
-            operator, divergence = self._fit(matrix, under, setting, felt)
+            under, felt = whole if setting.axis == "rows" else part
+            operator, divergence = self._fit(under, felt, setting)
             if divergence is None:
-                divergence = under.distance(matrix - operator.dense())
+                divergence = under.distance(felt.weight - operator.dense())
             return Candidate(self.name, setting, cost_of(self, shape, setting), divergence)
 
         return [candidate(setting) for setting in ladder]
 
     def fit(self, weight: Tensor, metric: Metric, setting: IntSetting) -> IntOperator:
-        weight = weight.detach().float()
-        return self._fit(weight, metric, setting, metric.felt_by(weight))[0]
+        return self._fit(metric, metric.felt_by(weight.detach().float()), setting)[0]
 
-    def _fit(self, weight: Tensor, metric: Metric, setting: IntSetting, felt: Felt) -> tuple[IntOperator, float | None]:
+    def _fit(self, metric: Metric, felt: Felt, setting: IntSetting) -> tuple[IntOperator, float | None]:
         """The operator of a float32 weight, and its divergence where that was found on the way."""
+        weight = felt.weight
         shape: Shape = (weight.shape[0], weight.shape[1])
         (lower_rows, pivot_rows), (lower_columns, pivot_columns) = metric.rows.unit_lower, metric.columns.unit_lower
         if setting.rounding == "nearest":
@@ -321,11 +321,12 @@ def _enlarged(operator: IntOperator, metric: Metric, felt: Felt) -> tuple[IntOpe
     That is given to every row, where rows that feel one another are not parted by that, else to the whole.
     """
     kept = felt.kept(operator.dense())
-    if operator.setting.axis == "rows" or metric.rows.is_diagonal:
-        operator.enlarge(kept, None if operator.setting.axis == "rows" else kept.row_factors)
+    factors = kept.row_factors if operator.setting.axis == "columns" else None
+    if factors is None or metric.rows.is_diagonal:
+        operator.enlarge(kept, factors)
         return operator, None
     of_rows = copy.deepcopy(operator)
-    of_rows.enlarge(kept, kept.row_factors)
+    of_rows.enlarge(kept, factors)
     operator.enlarge(kept, None)
     by_rows, as_one = (metric.distance(felt.weight - o.dense()) for o in (of_rows, operator))
     return (of_rows, by_rows) if by_rows <= PARTED * as_one else (operator, as_one)

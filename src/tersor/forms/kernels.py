@@ -203,15 +203,32 @@ def move_codes(
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _code(value: Any, inverse: Any, zero: Any, top: Any) -> Any:
+    """The code, from 0 to `top`, nearest to a value on a grid of a scale, here its inverse, and a zero."""
+    return min(max(np.rint(value * inverse + zero), type(top)(0)), top)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _grid_error(w: Array, h: Array, scale: Any, zero: Any, top: Any) -> Any:
     """The importance-weighted squared error of rounding `w` to `scale (code - zero)`, codes from 0 to `top`."""
     of_type = w.dtype.type
-    nothing, error, inverse = of_type(0), of_type(0), of_type(1) / scale
+    error, inverse = of_type(0), of_type(1) / scale
     for k in range(w.size):
-        code = min(max(np.rint(w[k] * inverse + zero), nothing), top)
-        missed = w[k] - (code - zero) * scale
+        missed = w[k] - (_code(w[k], inverse, zero, top) - zero) * scale
         error += h[k] * missed * missed
     return error
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _slope(w: Array, h: Array, scale: Any, zero: Any, top: Any, from_w: Any, from_code: Any) -> Any:
+    """The scale that fits `w - from_w` best by the codes that `w` has at a scale and a zero, less `from_code`."""
+    of_type = w.dtype.type
+    along, square, inverse = of_type(0), of_type(0), of_type(1) / scale
+    for k in range(w.size):
+        level = _code(w[k], inverse, zero, top) - from_code
+        along += h[k] * level * (w[k] - from_w)
+        square += h[k] * level * level
+    return max(along / max(square, of_type(1e-20)), of_type(1e-12))
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -220,31 +237,19 @@ def _least_squares_grid(
 ) -> tuple[Any, Any]:
     """The scale and zero that fit `w` best with the codes that it has at a scale and a zero."""
     of_type = w.dtype.type
-    nothing, tiny, inverse = of_type(0), of_type(1e-20), of_type(1) / scale
+    nothing, inverse = of_type(0), of_type(1) / scale
+    if symmetric:
+        return _slope(w, h, scale, zero, top, nothing, zero), zero
     mass, sum_w, sum_c = nothing, nothing, nothing
     for k in range(w.size):
-        code = min(max(np.rint(w[k] * inverse + zero), nothing), top)
         mass += h[k]
         sum_w += h[k] * w[k]
-        sum_c += h[k] * code
-    mean_w, mean_c = (nothing, zero) if symmetric else (sum_w / max(mass, tiny), sum_c / max(mass, tiny))
-    along, square = nothing, nothing
-    for k in range(w.size):
-        level = min(max(np.rint(w[k] * inverse + zero), nothing), top) - mean_c
-        along += h[k] * level * (w[k] - mean_w)
-        square += h[k] * level * level
-    scale = max(along / max(square, tiny), of_type(1e-12))
-    if symmetric:
-        return scale, zero
-    found = _snapped(mean_c - mean_w / scale, top, whole)
-    if not whole:
-        return scale, found
-    along, square = nothing, nothing  # a zero that moved wants another scale
-    for k in range(w.size):
-        level = min(max(np.rint(w[k] * inverse + zero), nothing), top) - found
-        along += h[k] * level * w[k]
-        square += h[k] * level * level
-    return max(along / max(square, tiny), of_type(1e-12)), found
+        sum_c += h[k] * _code(w[k], inverse, zero, top)
+    mass = max(mass, of_type(1e-20))
+    mean_w, mean_c = sum_w / mass, sum_c / mass
+    best = _slope(w, h, scale, zero, top, mean_w, mean_c)
+    found = _snapped(mean_c - mean_w / best, top, whole)
+    return (_slope(w, h, scale, zero, top, nothing, found) if whole else best), found  # a zero that moved wants another
 
 
 @numba.njit(cache=True, nogil=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tersor.coding.trellis import MOST_BITS, REMAINS, WINDOW, Side, Trellis, fin
 from tersor.forms.rotation import rotatable, rotate, turned_back
 from tersor.forms.rounding import Grid, round_with_feedback
 from tersor.forms.trellis_read import LEVELS, shrink, sides_of
-from tersor.metrics import Metric
+from tersor.metrics import Felt, Metric
 from tersor.metrics import Side as MetricSide
 
 WALKS = 3  # quick ones, after which targets hardly change; one less where they begin from those of other bits
@@ -183,9 +184,13 @@ class Coder:
         """The divergence of a code and the code, which is to lose nothing of the weight in its own direction."""
         if not self.enlarge:
             return self.metric.distance(error), trellis
-        weight = self.weight.detach().float().cpu()
-        larger = trellis.enlarged_by(self.metric.kept(weight, weight - error).factor())
-        return self.metric.distance(error - (larger.factor - 1) * (weight - error)), larger
+        fitted = self._felt.weight - error
+        larger = trellis.enlarged_by(self._felt.kept(fitted).factor())
+        return self.metric.distance(error - (larger.factor - 1) * fitted), larger
+
+    @cached_property
+    def _felt(self) -> Felt:
+        return self.metric.felt_by(self.weight.detach().float().cpu())
 
     def _quick(self, bits: float, damping: float) -> float:
         """The divergence of a quick walk; what it shows of targets is where the next one begins."""
